@@ -1,0 +1,78 @@
+# make up       install, build, start a node in the foreground      make test   all tests
+# make demo     the same pipeline over recorded events, no root     make bench  the figures of docs/performance.md
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+STELLA := $(BIN)/stella
+CONFIG ?= node/stellaops.yaml
+
+# What Debian must provide to build the native parts, and what the tests run beside.
+BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
+TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl
+
+.PHONY: up demo install test lint check bench reference lock clean system-build system-test
+
+up: install
+	@if [ "$$(id -u)" != 0 ]; then \
+	  echo "make up needs root (to load BPF programs): run 'sudo make up', or try 'make demo', which needs no privilege."; exit 3; fi
+	$(STELLA) signals init --config $(CONFIG)
+	$(STELLA) signals start --config $(CONFIG)
+
+demo: install
+	$(STELLA) signals init --config demo/stellaops.yaml
+	$(STELLA) signals start --demo --config demo/stellaops.yaml
+
+# Only what is missing is asked of apt, so that an installed machine is not touched and no root is needed.
+define need
+	@missing=; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" != 0 ]; then echo "these packages are missing:$$missing (sudo apt-get install$$missing)"; exit 3; fi; \
+	  echo "installing$$missing"; \
+	  (apt-get install -y --no-install-recommends $$missing || (apt-get update && apt-get install -y --no-install-recommends $$missing)) >/tmp/stella-apt.log 2>&1 \
+	    || { tail -20 /tmp/stella-apt.log; exit 1; }; \
+	fi
+endef
+
+system-build:
+	$(call need,$(BUILD_PACKAGES))
+
+system-test:
+	$(call need,$(TEST_PACKAGES))
+
+$(BIN)/python: | system-build
+	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'setuptools>=75' 'wheel>=0.45' 'hatchling>=1.27,<2' 'editables>=0.5'
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml requirements.lock bpf/stella.bpf.c $(wildcard bpf/include/*.h) services/collector/stella_collector/ring.c bpf/Makefile | $(BIN)/python
+	$(MAKE) -s -C bpf PYTHON=$(abspath $(BIN)/python)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+	@echo "installed: $(STELLA)"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install system-test lint
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m tests.bench
+
+reference: install
+	$(BIN)/python -m stella_cli.reference docs/reference
+
+# Rewrites requirements.lock from the ranges in pyproject.toml.
+lock: $(BIN)/python
+	$(BIN)/python -m pip install -q '.[all,test]'
+	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip > requirements.lock
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	$(MAKE) -s -C bpf clean

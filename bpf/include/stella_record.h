@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * What the kernel side and user space share: records in the ring, lanes, configuration.
+ *
+ * User space decodes these in stella_shared/events.py and stella_collector/kernel.py; a test compares both
+ * with the BTF of the built object, so a change here that is not made there fails.
+ * Little-endian, natural alignment, no padding that is not named.
+ */
+#pragma once
+
+#define STELLA_LANE_KINDS 4
+enum stella_lane_kind {
+	STELLA_LANE_SYSCALL = 0, /* syscall tracepoints: preemption off, never nested on a CPU */
+	STELLA_LANE_EXEC = 1,	 /* tp_btf/sched_process_exec: one program, guarded against itself */
+	STELLA_LANE_SOCK = 2,	 /* tp_btf/inet_sock_set_state: the same, often in softirq */
+	STELLA_LANE_UPROBE = 3,	 /* uprobes: preemptible, so numbers may reach the ring out of order */
+};
+
+enum stella_record_type {
+	STELLA_FILE_OPEN = 1,
+	STELLA_PROCESS_EXEC = 2,
+	STELLA_TCP_STATE = 3,
+	STELLA_NET_CONNECT = 4,
+	STELLA_SSL_OP = 5,
+};
+
+enum stella_status { /* of a string or an address that was read from memory */
+	STELLA_OK = 0,
+	STELLA_TRUNCATED = 1,
+	STELLA_FAULT = 2,
+	STELLA_ABSENT = 3,
+};
+
+#define STELLA_PATH_MAX 4096
+#define STELLA_NAME_MAX 512
+#define STELLA_ARGV_MAX 2048
+#define STELLA_UNIX_PATH_MAX 108
+#define STELLA_STACK_MAX 8
+
+struct stella_header {
+	__u64 ts_ns;	 /* CLOCK_BOOTTIME */
+	__u64 seq;	 /* number of this record in its lane */
+	__u64 cgroup_id; /* cgroup v2 id; of the socket for tcp_state */
+	__u32 tgid;
+	__u32 tid;
+	__u32 uid;
+	__u32 lane; /* cpu * STELLA_LANE_KINDS + kind */
+	__u16 type;
+	__u16 call; /* which entry point: enum stella_call */
+	__u32 size; /* of the whole record, this header included */
+	char comm[16];
+};
+
+enum stella_call {
+	STELLA_CALL_OPEN = 0,
+	STELLA_CALL_OPENAT = 1,
+	STELLA_CALL_OPENAT2 = 2,
+	STELLA_CALL_EXEC = 3,
+	STELLA_CALL_SET_STATE = 4,
+	STELLA_CALL_CONNECT = 5,
+	STELLA_CALL_ACCEPT = 6,
+	STELLA_CALL_ACCEPT4 = 7,
+	STELLA_CALL_U_CONNECT = 8,
+	STELLA_CALL_U_ACCEPT = 9,
+	STELLA_CALL_U_ACCEPT4 = 10,
+	STELLA_CALL_SSL_READ = 11,
+	STELLA_CALL_SSL_WRITE = 12,
+	STELLA_CALL_SSL_READ_EX = 13,
+	STELLA_CALL_SSL_WRITE_EX = 14,
+};
+
+struct stella_file_open {
+	__s64 result; /* fd, or -errno */
+	__u64 flags;
+	__u64 resolve; /* openat2 only */
+	__u32 mode;
+	__s32 dfd;
+	__u16 path_len; /* without the terminating zero */
+	__u8 path_status;
+	__u8 reserved;
+	__u32 lpm_prefixlen; /* must stand right before the path: both are the key of the prefix tries */
+	/* path_len bytes of path follow */
+};
+
+struct stella_process_exec {
+	__u64 start_ns; /* of the process, CLOCK_BOOTTIME */
+	__u32 ppid;
+	__u32 argv_total; /* bytes the process was given */
+	__u16 filename_len;
+	__u16 interpreter_len;
+	__u16 argv_len; /* bytes that follow */
+	__u8 filename_status;
+	__u8 argv_status;
+	/* filename, interpreter, argv (zero-separated) follow */
+};
+
+enum stella_attribution {
+	STELLA_ATTR_NONE = 0,	 /* softirq on somebody's time: the process is not known */
+	STELLA_ATTR_CURRENT = 1, /* the running process made this transition */
+	STELLA_ATTR_OWNER = 2,	 /* remembered: who connected, listened on or accepted this socket */
+};
+
+struct stella_tcp_state {
+	__u16 family;
+	__u16 sport;
+	__u16 dport;
+	__u8 old_state;
+	__u8 new_state;
+	__u8 saddr[16];
+	__u8 daddr[16];
+	__u32 attribution;
+	__u32 reserved;
+};
+
+struct stella_net_connect {
+	__s64 result; /* 0 or fd, or -errno */
+	__s32 fd;
+	__u16 family;
+	__u16 port; /* of the peer, host order */
+	__u16 local_port;
+	__u16 path_len; /* AF_UNIX */
+	__u8 address_status;
+	__u8 abstract; /* AF_UNIX: the name has no file */
+	__u8 frames;   /* of user stack that follow the path */
+	__u8 reserved;
+	__u8 address[16]; /* IPv4 stands in the first four bytes */
+	__u8 local_address[16];
+	/* path, then frames * struct stella_frame follow */
+};
+
+struct stella_frame { /* the kernel's struct bpf_stack_build_id */
+	__s32 status; /* 1: build_id and offset hold; 2: offset is an address; 0: none */
+	__u8 build_id[20];
+	__u64 offset;
+};
+
+struct stella_ssl_op {
+	__s64 result;
+	__u64 bytes;
+	__u32 library; /* index into the batch's list of libraries */
+	__u32 reserved;
+};
+
+/* One lane's counters. User space maps the array of them; a collector that dies leaves it pinned. */
+struct stella_lane {
+	__u64 taken;	     /* numbers handed out: the next one is this */
+	__u64 lost_ring_full; /* numbers whose record found no room */
+	__u64 lost_rate_limit;
+	__u64 lost_inflight; /* numbers whose entry could not be remembered until the exit */
+	__u64 filtered_target;
+	__u64 filtered_path;
+	__u64 filtered_network;
+	__u64 reserved[9]; /* a lane has its own cache lines */
+};
+
+/* Written once before load. */
+struct stella_config {
+	__u32 scoped; /* there are targets: only they are recorded */
+	__u32 path_allow;
+	__u32 path_deny;
+	__u32 network_allow;
+	__u32 network_deny;
+	__u32 reserved;
+	__u64 max_events_per_window; /* 0: no limit; a window is 100 ms */
+};
+
+/* Written while running: what the targets are. */
+struct stella_scope {
+	__u64 cgroup_levels; /* bit n: some target cgroup stands n levels below the root */
+	__u64 namespaces;    /* how many namespace targets there are */
+};

@@ -1,0 +1,938 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/*
+ * The probes. Each does the same five things, in this order:
+ *   remember (entry side: pointers and numbers, in task storage) → filter early → take a number → fill → submit.
+ *
+ * A number is taken from the lane of this CPU and program kind before there is room for the record, so a
+ * record that finds no room leaves a hole that user space cannot overlook. What the filters drop takes no
+ * number; it is counted in the lane. Nothing else ever disappears.
+ *
+ * Strings of user space are read on the exit side: at entry the page may not be there yet (it reads as
+ * nothing), at exit the kernel itself has just read it, and the result is known. A process can still change
+ * its string in between; the evidence says how the path was obtained.
+ *
+ * Records are submitted with BPF_RB_NO_WAKEUP: waking a reader costs the traced program far more than the
+ * record does. The collector looks by itself.
+ */
+#include "stella_types.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include "stella_record.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define AF_UNIX 1
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define TCP_ESTABLISHED 1
+#define TCP_SYN_SENT 2
+#define TCP_CLOSE 7
+#define TCP_LISTEN 10
+#define MAX_CGROUP_DEPTH 12
+#define RATE_WINDOW_NS 100000000ULL
+
+const volatile struct stella_config config = {};
+struct stella_scope scope = {};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 262144);
+} stella_ring SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, STELLA_LANE_KINDS);
+	__type(key, __u32);
+	__type(value, struct stella_lane);
+} stella_lanes SEC(".maps");
+
+/* Target cgroups by id; namespaces by inode number. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u8);
+} stella_targets SEC(".maps");
+
+struct path_key {
+	__u32 prefixlen;
+	char path[252]; /* the most a trie takes */
+};
+struct address_key {
+	__u32 prefixlen;
+	__u8 address[16]; /* IPv4 as ::ffff:a.b.c.d */
+};
+#define PREFIX_TRIE(name, key_type)                                                                          \
+	struct {                                                                                             \
+		__uint(type, BPF_MAP_TYPE_LPM_TRIE);                                                         \
+		__uint(map_flags, BPF_F_NO_PREALLOC);                                                        \
+		__uint(max_entries, 1024);                                                                   \
+		__type(key, key_type);                                                                       \
+		__type(value, __u8);                                                                         \
+	} name SEC(".maps")
+PREFIX_TRIE(path_allow, struct path_key);
+PREFIX_TRIE(path_deny, struct path_key);
+PREFIX_TRIE(network_allow, struct address_key);
+PREFIX_TRIE(network_deny, struct address_key);
+
+/* What an entry leaves for its exit. One of a kind is open per task at a time. */
+struct inflight {
+	__u64 pointer; /* path, sockaddr */
+	__u64 flags;
+	__u64 resolve;
+	__u32 mode;
+	__s32 fd;
+	__u32 length;
+	__u16 open_call; /* enum stella_call + 1; 0: nothing open */
+	__u16 net_call;
+	__u16 u_net_call;
+	__u16 frames;
+	__s32 u_fd;
+	__u32 u_length;
+	__u64 u_pointer;
+	__u64 ssl_bytes[4]; /* where *_ex will put the count; all ones: nothing open; by call */
+	struct stella_frame stack[STELLA_STACK_MAX];
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct inflight);
+} stella_inflight SEC(".maps");
+
+struct owner {
+	__u32 tgid;
+	__u32 tid;
+	__u32 uid;
+	__u32 reserved;
+	char comm[16];
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, __u64); /* struct sock * */
+	__type(value, struct owner);
+} stella_owners SEC(".maps");
+
+struct window {
+	__u64 start_ns;
+	__u64 used;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct window);
+} stella_window SEC(".maps");
+
+/* Where variable-length records are put together. Owned by the running program: per CPU, and one entry for
+ * each program kind that cannot be interrupted by its own kind. */
+struct open_record {
+	struct stella_header h;
+	struct stella_file_open b;
+	char path[STELLA_PATH_MAX];
+};
+struct exec_record {
+	struct stella_header h;
+	struct stella_process_exec b;
+	char data[STELLA_NAME_MAX * 2 + STELLA_ARGV_MAX + STELLA_ARGV_MAX];
+};
+struct net_record {
+	struct stella_header h;
+	struct stella_net_connect b;
+	char path[STELLA_UNIX_PATH_MAX + 4];
+};
+union scratch {
+	struct open_record open;
+	struct exec_record exec;
+	struct net_record net;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2); /* 0: syscall tracepoints, 1: exec */
+	__type(key, __u32);
+	__type(value, union scratch);
+} stella_scratch SEC(".maps");
+
+/* ---- lanes ---------------------------------------------------------------------------------------- */
+
+static __always_inline struct stella_lane *lane_of(__u32 kind, __u32 *index)
+{
+	*index = bpf_get_smp_processor_id() * STELLA_LANE_KINDS + kind;
+	return bpf_map_lookup_elem(&stella_lanes, index);
+}
+
+/* Only uprobes can be preempted inside a program; the other lanes have one writer at a time. */
+#define COUNT(kind, counter)                                                                                 \
+	({                                                                                                   \
+		__u64 old_;                                                                                  \
+		if ((kind) == STELLA_LANE_UPROBE)                                                            \
+			old_ = __sync_fetch_and_add(&(counter), 1);                                          \
+		else                                                                                         \
+			old_ = (counter)++;                                                                  \
+		old_;                                                                                        \
+	})
+
+static __always_inline bool over_rate(__u64 now)
+{
+	if (!config.max_events_per_window)
+		return false;
+	__u32 zero = 0;
+	struct window *w = bpf_map_lookup_elem(&stella_window, &zero);
+	if (!w)
+		return false;
+	/* Two CPUs may both open a window; the budget is then exceeded by their first events, no more. */
+	if (now - w->start_ns >= RATE_WINDOW_NS) {
+		w->start_ns = now;
+		w->used = 0;
+	}
+	return __sync_fetch_and_add(&w->used, 1) >= config.max_events_per_window;
+}
+
+/* ---- who is watched --------------------------------------------------------------------------------- */
+
+static __always_inline bool is_target(__u64 id)
+{
+	return bpf_map_lookup_elem(&stella_targets, &id) != NULL;
+}
+
+static __always_inline bool current_in_scope(void)
+{
+	if (!config.scoped)
+		return true;
+	__u64 levels = scope.cgroup_levels;
+	for (int level = 0; level < MAX_CGROUP_DEPTH; level++) {
+		if (levels & (1ULL << level)) {
+			__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+			if (id && is_target(id))
+				return true;
+		}
+	}
+	if (scope.namespaces) {
+		struct task_struct *task = (void *)bpf_get_current_task();
+		__u64 inode = BPF_CORE_READ(task, nsproxy, pid_ns_for_children, ns.inum);
+		if (is_target(inode))
+			return true;
+		inode = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+		if (is_target(inode))
+			return true;
+		inode = BPF_CORE_READ(task, nsproxy, net_ns, ns.inum);
+		if (is_target(inode))
+			return true;
+	}
+	return false;
+}
+
+/* In softirq the running process means nothing, but the socket knows the cgroup it was made in. */
+static __always_inline bool socket_in_scope(struct cgroup *cgroup)
+{
+	if (!config.scoped)
+		return true;
+	for (int i = 0; i < MAX_CGROUP_DEPTH && cgroup; i++) {
+		if (is_target(BPF_CORE_READ(cgroup, kn, id)))
+			return true;
+		struct cgroup_subsys_state *parent = BPF_CORE_READ(cgroup, self.parent);
+		if (!parent)
+			break;
+		cgroup = BPF_CORE_READ(parent, cgroup);
+	}
+	return false;
+}
+
+/* Entry side: is this one watched? Counts it as filtered when it is not. */
+static __always_inline bool watched(__u32 kind)
+{
+	if (current_in_scope())
+		return true;
+	__u32 index;
+	struct stella_lane *lane = lane_of(kind, &index);
+	if (lane)
+		COUNT(kind, lane->filtered_target);
+	return false;
+}
+
+static __always_inline struct inflight *remember(__u32 kind)
+{
+	struct inflight *f = bpf_task_storage_get(&stella_inflight, bpf_get_current_task_btf(), 0,
+						  BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (f)
+		return f;
+	__u32 index;
+	struct stella_lane *lane = lane_of(kind, &index);
+	if (lane) { /* a number that is never seen again */
+		COUNT(kind, lane->taken);
+		COUNT(kind, lane->lost_inflight);
+	}
+	return NULL;
+}
+
+static __always_inline struct inflight *recall(void)
+{
+	return bpf_task_storage_get(&stella_inflight, bpf_get_current_task_btf(), 0, 0);
+}
+
+/* ---- filters ---------------------------------------------------------------------------------------- */
+
+/* Whether the text of a path is what the kernel walked: no `//` and no `/.` that could hide where it leads.
+ * What is not plain, or longer than a trie compares, is left for user space to judge. */
+static __always_inline bool plain(const struct open_record *r)
+{
+	__u32 length = r->b.path_len;
+	if (length > 252)
+		return false;
+	for (__u32 i = 0; i < 252; i++) {
+		if (i + 1 >= length)
+			break;
+		if (r->path[i] == '/' && (r->path[i + 1] == '/' || r->path[i + 1] == '.'))
+			return false;
+	}
+	return true;
+}
+
+static __always_inline bool path_wanted(struct open_record *r)
+{
+	if (!config.path_deny && !config.path_allow)
+		return true;
+	/* A relative path cannot be judged here, and a path that could not be read must not vanish. */
+	if (r->b.path_status == STELLA_FAULT || r->path[0] != '/')
+		return true;
+	__u32 length = r->b.path_len;
+	r->b.lpm_prefixlen = (length > 252 ? 252 : length) * 8;
+	void *key = &r->b.lpm_prefixlen;
+	if (config.path_deny && bpf_map_lookup_elem(&path_deny, key))
+		return !plain(r);
+	if (config.path_allow && !bpf_map_lookup_elem(&path_allow, key))
+		return !plain(r);
+	return true;
+}
+
+static __always_inline bool address_wanted(__u16 family, const __u8 *address)
+{
+	if (!config.network_deny && !config.network_allow)
+		return true;
+	struct address_key key = { .prefixlen = 128 };
+	if (family == AF_INET) {
+		key.address[10] = 0xff;
+		key.address[11] = 0xff;
+		__builtin_memcpy(&key.address[12], address, 4);
+	} else if (family == AF_INET6) {
+		__builtin_memcpy(key.address, address, 16);
+	} else {
+		return true;
+	}
+	if (config.network_deny && bpf_map_lookup_elem(&network_deny, &key))
+		return false;
+	if (config.network_allow && !bpf_map_lookup_elem(&network_allow, &key))
+		return false;
+	return true;
+}
+
+/* ---- taking a number and handing the record over ------------------------------------------------------ */
+
+static __always_inline void fill_current(struct stella_header *h)
+{
+	__u64 ids = bpf_get_current_pid_tgid();
+	h->tgid = ids >> 32;
+	h->tid = (__u32)ids;
+	h->uid = (__u32)bpf_get_current_uid_gid();
+	h->cgroup_id = bpf_get_current_cgroup_id();
+	bpf_get_current_comm(h->comm, sizeof(h->comm));
+}
+
+/* The number first. NULL: it is spent, and already counted as lost. */
+static __always_inline struct stella_lane *take_number(struct stella_header *h, __u32 kind)
+{
+	__u32 index;
+	struct stella_lane *lane = lane_of(kind, &index);
+	if (!lane)
+		return NULL; /* more CPUs than lanes: the collector sizes the array by the possible CPUs */
+	h->ts_ns = bpf_ktime_get_boot_ns();
+	h->lane = index;
+	h->seq = COUNT(kind, lane->taken);
+	if (over_rate(h->ts_ns)) {
+		COUNT(kind, lane->lost_rate_limit);
+		return NULL;
+	}
+	return lane;
+}
+
+static __always_inline void submit(struct stella_lane *lane, __u32 kind, void *record, __u64 size)
+{
+	if (bpf_ringbuf_output(&stella_ring, record, size, BPF_RB_NO_WAKEUP))
+		COUNT(kind, lane->lost_ring_full);
+}
+
+/* ---- open, openat, openat2 ---------------------------------------------------------------------------- */
+
+static __always_inline int open_entry(__u16 call, __s32 dfd, unsigned long path, __u64 flags, __u32 mode,
+				      __u64 resolve)
+{
+	if (!watched(STELLA_LANE_SYSCALL))
+		return 0;
+	struct inflight *f = remember(STELLA_LANE_SYSCALL);
+	if (!f)
+		return 0;
+	f->open_call = call + 1;
+	f->pointer = path;
+	f->flags = flags;
+	f->mode = mode;
+	f->fd = dfd;
+	f->resolve = resolve;
+	return 0;
+}
+
+static __always_inline int open_exit(__u16 call, long result)
+{
+	struct inflight *f = recall();
+	if (!f || f->open_call != call + 1)
+		return 0;
+	f->open_call = 0;
+	__u32 zero = 0;
+	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &zero);
+	if (!s)
+		return 0;
+	struct open_record *r = &s->open;
+	long n = bpf_probe_read_user_str(r->path, STELLA_PATH_MAX, (void *)f->pointer);
+	r->b.path_status = STELLA_OK;
+	if (n <= 0) {
+		r->b.path_status = STELLA_FAULT;
+		n = 1;
+		r->path[0] = 0;
+	}
+	__u32 length = (__u32)(n - 1) & (STELLA_PATH_MAX - 1);
+	r->b.path_len = length;
+	if (!path_wanted(r)) {
+		__u32 index;
+		struct stella_lane *lane = lane_of(STELLA_LANE_SYSCALL, &index);
+		if (lane)
+			COUNT(STELLA_LANE_SYSCALL, lane->filtered_path);
+		return 0;
+	}
+	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_SYSCALL);
+	if (!lane)
+		return 0;
+	fill_current(&r->h);
+	r->h.type = STELLA_FILE_OPEN;
+	r->h.call = call;
+	r->b.result = result;
+	r->b.flags = f->flags;
+	r->b.mode = f->mode;
+	r->b.dfd = f->fd;
+	r->b.resolve = f->resolve;
+	r->b.reserved = 0;
+	r->b.lpm_prefixlen = 0;
+	__u64 size = sizeof(r->h) + sizeof(r->b) + length;
+	r->h.size = size;
+	submit(lane, STELLA_LANE_SYSCALL, r, size);
+	return 0;
+}
+
+SEC("tracepoint/syscalls/sys_enter_open")
+int stella_open_en(struct trace_event_raw_sys_enter *ctx)
+{
+	return open_entry(STELLA_CALL_OPEN, -100, ctx->args[0], ctx->args[1], ctx->args[2], 0);
+}
+
+SEC("tracepoint/syscalls/sys_exit_open")
+int stella_open_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return open_exit(STELLA_CALL_OPEN, ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_enter_openat")
+int stella_openat_en(struct trace_event_raw_sys_enter *ctx)
+{
+	return open_entry(STELLA_CALL_OPENAT, ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3], 0);
+}
+
+SEC("tracepoint/syscalls/sys_exit_openat")
+int stella_openat_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return open_exit(STELLA_CALL_OPENAT, ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_enter_openat2")
+int stella_open2_en(struct trace_event_raw_sys_enter *ctx)
+{
+	/* open_how lies on the caller's stack, which is resident when it calls; if not, the zeros say so. */
+	struct open_how how = {};
+	bpf_probe_read_user(&how, sizeof(how), (void *)ctx->args[2]);
+	return open_entry(STELLA_CALL_OPENAT2, ctx->args[0], ctx->args[1], how.flags, how.mode, how.resolve);
+}
+
+SEC("tracepoint/syscalls/sys_exit_openat2")
+int stella_open2_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return open_exit(STELLA_CALL_OPENAT2, ctx->ret);
+}
+
+/* ---- exec ---------------------------------------------------------------------------------------------- */
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_binprm *binprm)
+{
+	if (!watched(STELLA_LANE_EXEC))
+		return 0;
+	__u32 one = 1;
+	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &one);
+	if (!s)
+		return 0;
+	struct exec_record *r = &s->exec;
+	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_EXEC);
+	if (!lane)
+		return 0;
+	fill_current(&r->h);
+	r->h.type = STELLA_PROCESS_EXEC;
+	r->h.call = STELLA_CALL_EXEC;
+	r->b.start_ns = BPF_CORE_READ(task, start_boottime);
+	r->b.ppid = BPF_CORE_READ(task, real_parent, tgid);
+
+	const char *filename = BPF_CORE_READ(binprm, filename);
+	const char *interp = BPF_CORE_READ(binprm, interp);
+	__u32 at = 0;
+	long n = bpf_probe_read_kernel_str(r->data, STELLA_NAME_MAX, filename);
+	r->b.filename_status = n <= 0 ? STELLA_FAULT : n == STELLA_NAME_MAX ? STELLA_TRUNCATED : STELLA_OK;
+	if (n > 0)
+		at = (__u32)(n - 1) & (STELLA_NAME_MAX - 1);
+	r->b.filename_len = at;
+	r->b.interpreter_len = 0;
+	if (interp != filename) { /* a script: the kernel went on with this */
+		n = bpf_probe_read_kernel_str(&r->data[at & (STELLA_NAME_MAX - 1)], STELLA_NAME_MAX, interp);
+		if (n > 0) {
+			__u32 length = (__u32)(n - 1) & (STELLA_NAME_MAX - 1);
+			r->b.interpreter_len = length;
+			at += length;
+		}
+	}
+	unsigned long start = BPF_CORE_READ(task, mm, arg_start);
+	unsigned long end = BPF_CORE_READ(task, mm, arg_end);
+	__u64 total = end > start ? end - start : 0;
+	r->b.argv_total = total;
+	__u32 length = total > STELLA_ARGV_MAX ? STELLA_ARGV_MAX : total;
+	r->b.argv_status = total > STELLA_ARGV_MAX ? STELLA_TRUNCATED : STELLA_OK;
+	at &= STELLA_NAME_MAX * 2 - 1;
+	if (length > STELLA_ARGV_MAX)
+		length = STELLA_ARGV_MAX;
+	if (bpf_probe_read_user(&r->data[at], length, (void *)start)) {
+		r->b.argv_status = STELLA_FAULT;
+		length = 0;
+	}
+	r->b.argv_len = length;
+	__u64 size = sizeof(r->h) + sizeof(r->b) + at + length;
+	if (size > sizeof(*r))
+		size = sizeof(*r);
+	r->h.size = size;
+	submit(lane, STELLA_LANE_EXEC, r, size);
+	return 0;
+}
+
+/* ---- TCP states ---------------------------------------------------------------------------------------- */
+
+static __always_inline void read_addresses(struct sock *sk, __u16 family, __u8 *local, __u8 *peer)
+{
+	if (family == AF_INET) {
+		__be32 a = BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr);
+		__builtin_memcpy(local, &a, 4);
+		a = BPF_CORE_READ(sk, __sk_common.skc_daddr);
+		__builtin_memcpy(peer, &a, 4);
+	} else if (family == AF_INET6) {
+		BPF_CORE_READ_INTO((struct in6_addr *)local, sk, __sk_common.skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO((struct in6_addr *)peer, sk, __sk_common.skc_v6_daddr);
+	}
+}
+
+static __always_inline void remember_owner(struct sock *sk)
+{
+	struct owner owner = {};
+	__u64 ids = bpf_get_current_pid_tgid();
+	owner.tgid = ids >> 32;
+	owner.tid = (__u32)ids;
+	owner.uid = (__u32)bpf_get_current_uid_gid();
+	bpf_get_current_comm(owner.comm, sizeof(owner.comm));
+	__u64 key = (__u64)sk;
+	bpf_map_update_elem(&stella_owners, &key, &owner, BPF_ANY);
+}
+
+struct tcp_record {
+	struct stella_header h;
+	struct stella_tcp_state b;
+};
+
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(stella_tcp, const struct sock *csk, int old_state, int new_state)
+{
+	struct sock *sk = (struct sock *)csk;
+	if (BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+		return 0;
+	__u64 key = (__u64)sk;
+	/* connect() and listen() change the state in the process that called them; everything else may run in
+	 * softirq, on the time of whoever was there. */
+	bool mine = old_state == TCP_CLOSE && (new_state == TCP_SYN_SENT || new_state == TCP_LISTEN);
+	if (mine)
+		remember_owner(sk);
+	struct cgroup *cgroup = NULL;
+	if (bpf_core_field_exists(sk->sk_cgrp_data))
+		cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
+	__u32 index;
+	struct stella_lane *lane = lane_of(STELLA_LANE_SOCK, &index);
+	if (!lane)
+		return 0;
+	if (!(mine ? current_in_scope() : socket_in_scope(cgroup))) {
+		COUNT(STELLA_LANE_SOCK, lane->filtered_target);
+		goto out;
+	}
+	struct tcp_record r = {};
+	r.b.family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	read_addresses(sk, r.b.family, r.b.saddr, r.b.daddr);
+	if (!address_wanted(r.b.family, new_state == TCP_LISTEN ? r.b.saddr : r.b.daddr)) {
+		COUNT(STELLA_LANE_SOCK, lane->filtered_network);
+		goto out;
+	}
+	if (!take_number(&r.h, STELLA_LANE_SOCK))
+		goto out;
+	if (mine) {
+		fill_current(&r.h);
+		r.b.attribution = STELLA_ATTR_CURRENT;
+	} else {
+		struct owner *owner = bpf_map_lookup_elem(&stella_owners, &key);
+		if (owner) {
+			r.h.tgid = owner->tgid;
+			r.h.tid = owner->tid;
+			r.h.uid = owner->uid;
+			__builtin_memcpy(r.h.comm, owner->comm, sizeof(owner->comm));
+			r.b.attribution = STELLA_ATTR_OWNER;
+		}
+		r.h.cgroup_id = cgroup ? BPF_CORE_READ(cgroup, kn, id) : 0;
+	}
+	r.h.type = STELLA_TCP_STATE;
+	r.h.call = STELLA_CALL_SET_STATE;
+	r.h.size = sizeof(r);
+	r.b.sport = BPF_CORE_READ(sk, __sk_common.skc_num);
+	r.b.dport = __builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_dport));
+	r.b.old_state = old_state;
+	r.b.new_state = new_state;
+	submit(lane, STELLA_LANE_SOCK, &r, sizeof(r));
+out:
+	if (new_state == TCP_CLOSE)
+		bpf_map_delete_elem(&stella_owners, &key);
+	return 0;
+}
+
+/* ---- connect, accept ------------------------------------------------------------------------------------ */
+
+static __always_inline struct sock *socket_of(__s32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	if (fd < 0 || (__u32)fd >= BPF_CORE_READ(table, max_fds))
+		return NULL;
+	struct file **files = BPF_CORE_READ(table, fd);
+	struct file *file = NULL;
+	bpf_probe_read_kernel(&file, sizeof(file), files + fd);
+	struct socket *socket = BPF_CORE_READ(file, private_data);
+	return BPF_CORE_READ(socket, sk);
+}
+
+static __always_inline void name_unix(struct net_record *r, const char *name, __u32 length, bool kernel)
+{
+	if (!length) {
+		r->b.address_status = STELLA_ABSENT; /* an unnamed peer */
+		return;
+	}
+	if (length > STELLA_UNIX_PATH_MAX)
+		length = STELLA_UNIX_PATH_MAX;
+	long failed = kernel ? bpf_probe_read_kernel(r->path, length, name) :
+			       bpf_probe_read_user(r->path, length, name);
+	if (failed) {
+		r->b.address_status = STELLA_FAULT;
+		return;
+	}
+	r->b.abstract = r->path[0] == 0;
+	r->b.path_len = length;
+}
+
+/* connect: what the caller passed, read at exit. The kernel's own copy is gone when the call failed. */
+static __always_inline void peer_of_connect(struct net_record *r, __u64 pointer, __u32 length, __s32 fd)
+{
+	if (bpf_probe_read_user(&r->b.family, 2, (void *)pointer)) {
+		r->b.address_status = STELLA_FAULT;
+		r->b.family = 0;
+		return;
+	}
+	if (r->b.family == AF_INET || r->b.family == AF_INET6) {
+		__be16 port = 0;
+		long failed = bpf_probe_read_user(&port, 2, (void *)(pointer + 2));
+		r->b.port = __builtin_bswap16(port);
+		failed |= r->b.family == AF_INET ? bpf_probe_read_user(r->b.address, 4, (void *)(pointer + 4)) :
+						   bpf_probe_read_user(r->b.address, 16, (void *)(pointer + 8));
+		r->b.address_status = failed ? STELLA_FAULT : STELLA_OK;
+		struct sock *sk = socket_of(fd);
+		if (sk) {
+			__u8 ignored[16];
+			r->b.local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+			read_addresses(sk, r->b.family, r->b.local_address, ignored);
+		}
+	} else if (r->b.family == AF_UNIX) {
+		name_unix(r, (const char *)pointer + 2, length > 2 ? length - 2 : 0, false);
+	}
+}
+
+/* accept: the new socket itself knows, whatever the caller asked to be told. */
+static __always_inline void peer_of_accept(struct net_record *r, __s32 listener, long result)
+{
+	struct sock *sk = socket_of(result >= 0 ? (__s32)result : listener);
+	if (!sk) {
+		r->b.address_status = STELLA_FAULT;
+		return;
+	}
+	r->b.family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	if (r->b.family == AF_UNIX) {
+		struct unix_address *address = BPF_CORE_READ((struct unix_sock *)sk, addr);
+		int length = address ? BPF_CORE_READ(address, len) : 0;
+		name_unix(r, (const char *)address + bpf_core_field_offset(struct unix_address, name) + 2,
+			  length > 2 ? length - 2 : 0, true);
+		return;
+	}
+	r->b.local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	read_addresses(sk, r->b.family, r->b.local_address, r->b.address);
+	if (result >= 0) {
+		r->b.port = __builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_dport));
+		remember_owner(sk);
+	} else {
+		r->b.address_status = STELLA_ABSENT;
+	}
+}
+
+static __always_inline int net_entry(__u16 call, __s32 fd, unsigned long pointer, __u32 length)
+{
+	if (!watched(STELLA_LANE_SYSCALL))
+		return 0;
+	struct inflight *f = remember(STELLA_LANE_SYSCALL);
+	if (!f)
+		return 0;
+	f->net_call = call + 1;
+	f->pointer = pointer;
+	f->length = length;
+	f->fd = fd;
+	return 0;
+}
+
+static __always_inline int net_exit(__u16 call, long result)
+{
+	struct inflight *f = recall();
+	if (!f || f->net_call != call + 1)
+		return 0;
+	f->net_call = 0;
+	__u32 zero = 0;
+	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &zero);
+	if (!s)
+		return 0;
+	struct net_record *r = &s->net;
+	__builtin_memset(r, 0, sizeof(*r));
+	if (call == STELLA_CALL_CONNECT)
+		peer_of_connect(r, f->pointer, f->length, f->fd);
+	else
+		peer_of_accept(r, f->fd, result);
+	__u32 index;
+	struct stella_lane *lane = lane_of(STELLA_LANE_SYSCALL, &index);
+	if (!lane)
+		return 0;
+	if (!r->b.address_status && !address_wanted(r->b.family, r->b.address)) {
+		COUNT(STELLA_LANE_SYSCALL, lane->filtered_network);
+		return 0;
+	}
+	if (!take_number(&r->h, STELLA_LANE_SYSCALL))
+		return 0;
+	fill_current(&r->h);
+	r->h.type = STELLA_NET_CONNECT;
+	r->h.call = call;
+	r->b.result = result;
+	r->b.fd = f->fd;
+	__u64 length = r->b.path_len;
+	if (length > STELLA_UNIX_PATH_MAX)
+		length = STELLA_UNIX_PATH_MAX;
+	__u64 size = sizeof(r->h) + sizeof(r->b) + length;
+	r->h.size = size;
+	submit(lane, STELLA_LANE_SYSCALL, r, size);
+	return 0;
+}
+
+SEC("tracepoint/syscalls/sys_enter_connect")
+int stella_conn_en(struct trace_event_raw_sys_enter *ctx)
+{
+	return net_entry(STELLA_CALL_CONNECT, ctx->args[0], ctx->args[1], ctx->args[2]);
+}
+
+SEC("tracepoint/syscalls/sys_exit_connect")
+int stella_conn_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return net_exit(STELLA_CALL_CONNECT, ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_enter_accept")
+int stella_acc_en(struct trace_event_raw_sys_enter *ctx)
+{
+	return net_entry(STELLA_CALL_ACCEPT, ctx->args[0], ctx->args[1], 0);
+}
+
+SEC("tracepoint/syscalls/sys_exit_accept")
+int stella_acc_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return net_exit(STELLA_CALL_ACCEPT, ctx->ret);
+}
+
+SEC("tracepoint/syscalls/sys_enter_accept4")
+int stella_acc4_en(struct trace_event_raw_sys_enter *ctx)
+{
+	return net_entry(STELLA_CALL_ACCEPT4, ctx->args[0], ctx->args[1], 0);
+}
+
+SEC("tracepoint/syscalls/sys_exit_accept4")
+int stella_acc4_ex(struct trace_event_raw_sys_exit *ctx)
+{
+	return net_exit(STELLA_CALL_ACCEPT4, ctx->ret);
+}
+
+/* ---- the same as uprobes on libc, for the caller's stack --------------------------------------------------- */
+
+struct u_net_record {
+	struct net_record n;
+	struct stella_frame stack[STELLA_STACK_MAX];
+};
+
+static __always_inline int u_net_entry(void *ctx, __u16 call, __s32 fd, unsigned long pointer, __u32 length)
+{
+	if (!watched(STELLA_LANE_UPROBE))
+		return 0;
+	struct inflight *f = remember(STELLA_LANE_UPROBE);
+	if (!f)
+		return 0;
+	f->u_net_call = call + 1;
+	f->u_pointer = pointer;
+	f->u_length = length;
+	f->u_fd = fd;
+	long n = bpf_get_stack(ctx, f->stack, sizeof(f->stack), BPF_F_USER_STACK | BPF_F_USER_BUILD_ID);
+	f->frames = n > 0 ? n / sizeof(struct stella_frame) : 0;
+	return 0;
+}
+
+static __always_inline int u_net_exit(__u16 call, long result)
+{
+	struct inflight *f = recall();
+	if (!f || f->u_net_call != call + 1)
+		return 0;
+	f->u_net_call = 0;
+	__u32 index;
+	struct stella_lane *lane = lane_of(STELLA_LANE_UPROBE, &index);
+	if (!lane)
+		return 0;
+	/* Preemptible: no per-CPU scratch here. The number is taken once the record is known to be wanted. */
+	struct stella_header h = {};
+	struct u_net_record *r = bpf_ringbuf_reserve(&stella_ring, sizeof(*r), 0);
+	if (!r) {
+		COUNT(STELLA_LANE_UPROBE, lane->taken);
+		COUNT(STELLA_LANE_UPROBE, lane->lost_ring_full);
+		return 0;
+	}
+	__builtin_memset(&r->n, 0, sizeof(r->n));
+	if (call == STELLA_CALL_U_CONNECT)
+		peer_of_connect(&r->n, f->u_pointer, f->u_length, f->u_fd);
+	else
+		peer_of_accept(&r->n, f->u_fd, result);
+	if (!r->n.b.address_status && !address_wanted(r->n.b.family, r->n.b.address)) {
+		COUNT(STELLA_LANE_UPROBE, lane->filtered_network);
+		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
+		return 0;
+	}
+	if (!take_number(&h, STELLA_LANE_UPROBE)) {
+		bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
+		return 0;
+	}
+	r->n.h = h;
+	fill_current(&r->n.h);
+	r->n.h.type = STELLA_NET_CONNECT;
+	r->n.h.call = call;
+	r->n.h.size = sizeof(*r);
+	r->n.b.result = result;
+	r->n.b.fd = f->u_fd;
+	r->n.b.frames = f->frames > STELLA_STACK_MAX ? STELLA_STACK_MAX : f->frames;
+	__builtin_memcpy(r->stack, f->stack, sizeof(r->stack));
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+/* C's int results arrive in a 64-bit register. */
+#define U_NET(name, call, length)                                                                            \
+	SEC("uprobe") int stella_##name##_ue(struct pt_regs *ctx)                                            \
+	{                                                                                                    \
+		return u_net_entry(ctx, call, (__s32)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), length);        \
+	}                                                                                                    \
+	SEC("uretprobe") int stella_##name##_ux(struct pt_regs *ctx)                                         \
+	{                                                                                                    \
+		return u_net_exit(call, (__s32)PT_REGS_RC(ctx));                                             \
+	}
+U_NET(conn, STELLA_CALL_U_CONNECT, PT_REGS_PARM3(ctx))
+U_NET(acc, STELLA_CALL_U_ACCEPT, 0)
+U_NET(acc4, STELLA_CALL_U_ACCEPT4, 0)
+
+/* ---- OpenSSL: how many bytes, never which ------------------------------------------------------------------ */
+
+struct ssl_record {
+	struct stella_header h;
+	struct stella_ssl_op b;
+};
+
+static __always_inline int ssl_entry(__u16 call, __u64 bytes_pointer)
+{
+	if (!watched(STELLA_LANE_UPROBE))
+		return 0;
+	struct inflight *f = remember(STELLA_LANE_UPROBE);
+	if (f) /* +1, so that a fresh zeroed slot means "nothing open" */
+		f->ssl_bytes[(call - STELLA_CALL_SSL_READ) & 3] = bytes_pointer + 1;
+	return 0;
+}
+
+static __always_inline int ssl_exit(void *ctx, __u16 call, __s32 result)
+{
+	struct inflight *f = recall();
+	if (!f)
+		return 0;
+	__u64 *slot = &f->ssl_bytes[(call - STELLA_CALL_SSL_READ) & 3];
+	if (!*slot)
+		return 0;
+	__u64 pointer = *slot - 1;
+	*slot = 0;
+	struct ssl_record r = {};
+	struct stella_lane *lane = take_number(&r.h, STELLA_LANE_UPROBE);
+	if (!lane)
+		return 0;
+	fill_current(&r.h);
+	r.h.type = STELLA_SSL_OP;
+	r.h.call = call;
+	r.h.size = sizeof(r);
+	r.b.result = result;
+	r.b.library = bpf_get_attach_cookie(ctx);
+	if (call == STELLA_CALL_SSL_READ || call == STELLA_CALL_SSL_WRITE)
+		r.b.bytes = result > 0 ? result : 0;
+	else if (result == 1)
+		bpf_probe_read_user(&r.b.bytes, sizeof(r.b.bytes), (void *)pointer);
+	submit(lane, STELLA_LANE_UPROBE, &r, sizeof(r));
+	return 0;
+}
+
+#define SSL(name, call, pointer)                                                                             \
+	SEC("uprobe") int stella_##name##_ue(struct pt_regs *ctx)                                            \
+	{                                                                                                    \
+		return ssl_entry(call, pointer);                                                             \
+	}                                                                                                    \
+	SEC("uretprobe") int stella_##name##_ux(struct pt_regs *ctx)                                         \
+	{                                                                                                    \
+		return ssl_exit(ctx, call, (__s32)PT_REGS_RC(ctx));                                          \
+	}
+SSL(sr, STELLA_CALL_SSL_READ, 0)
+SSL(sw, STELLA_CALL_SSL_WRITE, 0)
+SSL(srx, STELLA_CALL_SSL_READ_EX, PT_REGS_PARM4(ctx))
+SSL(swx, STELLA_CALL_SSL_WRITE_EX, PT_REGS_PARM4(ctx))

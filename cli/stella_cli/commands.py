@@ -1,0 +1,333 @@
+"""Every command of `stella`: names, options and help.  The work is in the module each command names.
+
+Those modules are imported when their command runs: `stella version` should not wait for a bus client.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from stella_cli import failure
+from stella_shared.errors import StellaError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_META = "stella_cli."
+
+EXIT_CODES = """\b
+Exit codes:
+  0   done, and the answer is good
+  1   done, and the answer is bad (chain invalid, unhealthy)
+  2   wrong use, or a configuration that cannot be used
+  3   not permitted: the message names what is missing
+  4   not found: nothing runs, no such file
+  5   the network is needed, and offline was asked for
+  10  try again: busy, starting, time-out
+"""
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    # An option given after the command wins over the same one given before it.
+    if value:
+        context.meta[_META + str(parameter.name)] = value
+
+
+def _remembered(name: str) -> Any:
+    return click.get_current_context().meta.get(_META + name)
+
+
+def _everywhere(function: _F) -> _F:
+    """Add the options that every command takes, before or after its name."""
+    for option in (
+        click.option(
+            "--debug", is_flag=True, expose_value=False, callback=_remember, help="Show tracebacks of faults."
+        ),
+        click.option(
+            "--target",
+            type=click.Path(file_okay=False),
+            expose_value=False,
+            callback=_remember,
+            help="Evidence directory, in place of signals.output_directory.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(dir_okay=False),
+            expose_value=False,
+            callback=_remember,
+            help="Configuration file. Otherwise $STELLA_CONFIG, ./stellaops.yaml, "
+            "/etc/stellaops/stellaops.yaml, or built-in defaults.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _format(*choices: str, default: str = "text") -> Callable[[_F], _F]:
+    return click.option(
+        "--format", "form", type=click.Choice(choices), help=f"Output form. Without it: {default}."
+    )
+
+
+def _settings(**overrides: object) -> Any:
+    from stella_cli import settings
+
+    return settings.load(_remembered("config"), _remembered("target"), **overrides)
+
+
+@click.group(
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@_everywhere
+def stella() -> None:
+    """Runtime evidence from the kernel: collected, signed, verifiable.
+
+    \b
+    First steps, as root:
+      stella signals init
+      stella signals start
+    """
+
+
+@stella.command()
+@_format("text", "json")
+def version(form: str | None) -> None:
+    """Show the version of Stella Signals and of what it runs on.
+
+    \b
+    Example:
+      stella version --format json
+    """
+    from stella_cli import versions
+
+    versions.show(as_json=form == "json")
+
+
+@stella.group(epilog=EXIT_CODES)
+@_everywhere
+def signals() -> None:
+    """Run a node, watch it, and check its evidence."""
+
+
+@signals.command()
+@_everywhere
+@click.option(
+    "--output-directory",
+    type=click.Path(file_okay=False),
+    help="Evidence directory to write into a new configuration file.",
+)
+def init(output_directory: str | None) -> None:
+    """Make the signing key, the directories and, if it is missing, the configuration file.
+
+    Changes nothing that is there: run it as often as you like.
+
+    \b
+    Examples:
+      stella signals init
+      stella signals init --config ./stellaops.yaml
+    """
+    from stella_cli import initialising
+
+    initialising.run(_remembered("config"), output_directory or _remembered("target"))
+
+
+@signals.command()
+@_everywhere
+@click.option("--detach", is_flag=True, help="Return when the node is ready, and leave it running.")
+@click.option("--demo", is_flag=True, help="Replay recorded kernel events: no privilege needed.")
+@click.option("--ready-fd", type=int, default=-1, hidden=True)
+def start(detach: bool, demo: bool, ready_fd: int) -> None:
+    """Run a node: bus, signer, enrichers, collector, gateway.
+
+    Stays in the foreground until Ctrl-C or `stella signals stop`; then everything in flight is recorded
+    and the last chunk is closed and signed.  A second Ctrl-C ends it at once.
+    A part that dies is started again while the others go on.
+
+    Collecting needs root, or CAP_BPF and CAP_PERFMON.  `--demo` needs nothing.
+
+    \b
+    Examples:
+      sudo stella signals start
+      sudo stella signals start --config ./stellaops.yaml --detach
+      sudo stella signals start --target /var/lib/stellaops/evidence
+      stella signals start --demo
+    """
+    from stella_cli import starting
+
+    starting.run(_remembered("config"), _remembered("target"), detach=detach, demo=demo, ready_fd=ready_fd)
+
+
+@signals.command()
+@_everywhere
+def stop() -> None:
+    """End the running node in order: intake, what is in flight, the last chunk, its signature.
+
+    \b
+    Example:
+      sudo stella signals stop
+    Exit codes: 0 ended, 3 not yours to stop, 4 nothing runs, 10 still stopping after the wait
+    """
+    from stella_cli import stopping
+
+    stopping.run(_settings())
+
+
+@signals.command()
+@_everywhere
+@click.option("--verbose", "-v", is_flag=True, help="Everything the node knows about itself.")
+@_format("text", "json")
+def status(verbose: bool, form: str | None) -> None:
+    """Show what the running node does: its parts, what they count, where the evidence goes.
+
+    \b
+    Examples:
+      stella signals status
+      stella signals status --verbose
+      stella signals status --format json
+    Exit codes: 0 it runs, 4 nothing runs, 10 it runs but its gateway does not answer
+    """
+    from stella_cli import asking
+
+    asking.status(_settings(), verbose=verbose, as_json=form == "json")
+
+
+@signals.command()
+@_everywhere
+@_format("text", "json")
+def health(form: str | None) -> None:
+    """Say whether the node is healthy, and which part is not and why.
+
+    \b
+    Example:
+      stella signals health && echo good
+    Exit codes: 0 healthy, 1 not healthy, 4 nothing runs, 10 the gateway does not answer
+    """
+    from stella_cli import asking
+
+    asking.health(_settings(), as_json=form == "json")
+
+
+@signals.command()
+@_everywhere
+@click.option("--memory", is_flag=True, help="Memory of each process, and sizes of caches.")
+@_format("text", "json")
+def stats(memory: bool, form: str | None) -> None:
+    """Show counters and gauges, one a line: name, value, unit.
+
+    \b
+    Examples:
+      stella signals stats | grep ringbuf
+      stella signals stats | grep rate
+      watch -n 5 'stella signals stats'
+      stella signals stats --memory
+    """
+    from stella_cli import asking
+
+    asking.stats(_settings(), memory=memory, as_json=form == "json")
+
+
+@signals.command()
+@_everywhere
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only this event type. May be repeated.")
+@click.option("--count", type=click.IntRange(min=1), help="Stop after this many events.")
+@_format("table", "json", default="table on a terminal, json in a pipe")
+def tail(types: tuple[str, ...], count: int | None, form: str | None) -> None:
+    """Show events as they come: a table on a terminal, the exact evidence lines in a pipe.
+
+    The lines are byte for byte what gets signed.  Events from before the command are not shown.
+
+    \b
+    Examples:
+      stella signals tail
+      stella signals tail --type process_exec --type net_connect
+      stella signals tail --type file_open --count 100 > opens.ndjson
+    Types: file_open, process_exec, tcp_state, net_connect, ssl_op, function_call
+    """
+    from stella_cli import tailing
+
+    tailing.run(_settings(), list(types), count, form)
+
+
+@signals.command("test-probes")
+@_everywhere
+@_format("text", "json")
+def test_probes(form: str | None) -> None:
+    """Attach every probe once, detach it again, and say which work on this kernel.
+
+    \b
+    Example:
+      sudo stella signals test-probes
+    Exit codes: 0 all attach, 1 some do not
+    """
+    from stella_cli import probing
+
+    probing.run(_settings(), as_json=form == "json")
+
+
+@signals.command("verify-chain")
+@_everywhere
+@click.argument("path", type=click.Path())
+@click.option("--verbose", "-v", is_flag=True, help="Show every chunk and every fault.")
+@_format("text", "json")
+@click.option("--offline", is_flag=True, help="Use no network. This release never does; the flag says so.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
+    "Otherwise the keys this node knows.",
+)
+def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys: tuple[str, ...]) -> int:
+    """Check evidence: every line, chunk, signature and the chain, and that nothing is unaccounted for.
+
+    PATH is an evidence directory or a .tar.gz of one.
+
+    \b
+    Examples:
+      stella signals verify-chain /var/lib/stellaops/evidence/
+      stella signals verify-chain evidence.tar.gz --key signer.pem
+      stella signals verify-chain /var/lib/stellaops/evidence/ --verbose --format json
+    Exit codes: 0 valid, 1 invalid (the output says at which chunk and why), 4 no such path
+    """
+    from stella_cli import verifying
+
+    return verifying.run(
+        Path(path),
+        config=_remembered("config"),
+        target=_remembered("target"),
+        keys=list(keys),
+        verbose=verbose,
+        as_json=form == "json",
+    )
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code.  Every failure has been told on stderr by then."""
+    as_json = failure.wants_json(arguments)
+    try:
+        code = stella.main(args=arguments, prog_name="stella", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else failure.EXIT_OK
+    except StellaError as e:
+        return failure.tell_stella_error(e, as_json=as_json)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message(), err=True)
+        return e.exit_code
+    except click.ClickException as e:
+        return failure.tell_usage(e, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return failure.EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough.  Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return failure.EXIT_OK
+    except Exception as e:
+        return failure.tell_unknown(e, debug="--debug" in arguments, as_json=as_json)

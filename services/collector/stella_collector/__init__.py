@@ -1,0 +1,1 @@
+"""The collector: the only privileged process.  Kernel → batches → bus."""

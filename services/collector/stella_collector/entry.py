@@ -1,0 +1,52 @@
+"""The collector's command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from stella_collector import app, probe_test, replay
+from stella_shared import config, log
+from stella_shared.errors import StellaError
+
+
+def main() -> int:
+    """Run what the arguments ask for; return the exit code."""
+    parser = argparse.ArgumentParser(prog="stella_collector", description="Watches the kernel.")
+    parser.add_argument("--config", type=Path, help="configuration file; without it the defaults hold")
+    parser.add_argument("--instance", default="", help="accepted for symmetry; a node has one collector")
+    parser.add_argument("--test-probes", action="store_true", help="try every probe, print JSON, record nothing")
+    parser.add_argument("--format", choices=("json",), default="json", help="format of --test-probes")
+    parser.add_argument("--replay", type=Path, help="play recorded ring bytes instead of loading probes")
+    arguments = parser.parse_args()
+    code = 0
+    try:
+        signals = config.load(arguments.config, os.environ)
+        log.setup("collector", signals.logging)
+        if arguments.test_probes:
+            rows = probe_test.run(signals)
+            print(msgspec.json.encode(rows).decode())
+            code = 0 if all(row.attached for row in rows) else 1
+        elif arguments.replay:
+            anyio.run(replay.serve, signals, arguments.replay)
+        else:
+            anyio.run(app.serve, signals)
+    except* StellaError as group:
+        error = first(group)
+        print(f"Error: {error}" + (f"\nHint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        code = error.exit_code
+    return code
+
+
+def first(group: BaseExceptionGroup[StellaError]) -> StellaError:
+    """Return the first error of a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, StellaError)
+    return error

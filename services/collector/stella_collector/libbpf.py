@@ -1,0 +1,275 @@
+"""libbpf, through ctypes: the one module that speaks to it.
+
+Open an object, set its read-only data and map sizes, load it, attach programs, reach maps.  The library that
+was built with the package (`native/libbpf.so.1`) is preferred; a system library of at least `MINIMUM` will
+do.  Every failure comes out as a `StellaError` that names the object, the reason and the fix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from ctypes import c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any, Final
+
+from stella_shared.errors import BrokenPromise, NotFound, NotPermitted, StellaError
+
+MINIMUM: Final = (1, 6)
+NATIVE: Final = Path(__file__).parent / "native"
+
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "libbpf_major_version": (c_uint32, ()),
+    "libbpf_minor_version": (c_uint32, ()),
+    "libbpf_version_string": (c_char_p, ()),
+    "libbpf_set_print": (c_void_p, (c_void_p,)),
+    "libbpf_num_possible_cpus": (c_int, ()),
+    "bpf_object__open_file": (c_void_p, (c_char_p, c_void_p)),
+    "bpf_object__load": (c_int, (c_void_p,)),
+    "bpf_object__close": (None, (c_void_p,)),
+    "bpf_object__next_map": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_object__next_program": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_map__name": (c_char_p, (c_void_p,)),
+    "bpf_map__fd": (c_int, (c_void_p,)),
+    "bpf_map__set_max_entries": (c_int, (c_void_p, c_uint32)),
+    "bpf_map__initial_value": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_map__pin": (c_int, (c_void_p, c_char_p)),
+    "bpf_obj_get": (c_int, (c_char_p,)),
+    "bpf_program__name": (c_char_p, (c_void_p,)),
+    "bpf_program__set_autoload": (c_int, (c_void_p, c_bool)),
+    "bpf_program__fd": (c_int, (c_void_p,)),
+    "bpf_program__attach": (c_void_p, (c_void_p,)),
+    "bpf_program__attach_tracepoint": (c_void_p, (c_void_p, c_char_p, c_char_p)),
+    "bpf_program__attach_uprobe_opts": (c_void_p, (c_void_p, c_int, c_char_p, c_size_t, c_void_p)),
+    "bpf_link__destroy": (c_int, (c_void_p,)),
+    "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
+    "bpf_map_delete_elem": (c_int, (c_int, c_void_p)),
+    "bpf_prog_get_info_by_fd": (c_int, (c_int, c_void_p, c_void_p)),
+    "ring_buffer__new": (c_void_p, (c_int, c_void_p, c_void_p, c_void_p)),
+    "ring_buffer__consume": (c_int, (c_void_p,)),
+    "ring_buffer__free": (None, (c_void_p,)),
+}
+
+#: int (*)(void *ctx, void *data, size_t size), libbpf's ring callback.
+RING_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
+
+# struct bpf_prog_info (linux/bpf.h): where run_cnt and recursion_misses stand, and how long it is up to them.
+_INFO_RECURSION_MISSES = 208
+_INFO_SIZE = 224
+
+
+class _UprobeOpts(ctypes.Structure):
+    # struct bpf_uprobe_opts of libbpf.h
+    _fields_ = (
+        ("sz", c_size_t),
+        ("ref_ctr_offset", c_size_t),
+        ("bpf_cookie", c_uint64),
+        ("retprobe", c_bool),
+        ("func_name", c_char_p),
+        ("attach_mode", c_int),
+    )
+
+
+def _candidates() -> Iterator[str]:
+    bundled = NATIVE / "libbpf.so.1"
+    if bundled.exists():
+        yield str(bundled)
+    if found := ctypes.util.find_library("bpf"):
+        yield found
+
+
+class Libbpf:
+    """A libbpf that was found and checked.  `path` and `version` say which."""
+
+    def __init__(self) -> None:
+        seen: list[str] = []
+        for path in _candidates():
+            try:
+                lib = ctypes.CDLL(path, use_errno=True)
+            except OSError as e:
+                seen.append(f"{path}: {e}")
+                continue
+            major = getattr(lib, "libbpf_major_version", None)
+            version = (major(), lib.libbpf_minor_version()) if major else (0, 0)
+            if version < MINIMUM:
+                seen.append(f"{path}: version {version[0]}.{version[1]}")
+                continue
+            self.path = path
+            self.version = f"{version[0]}.{version[1]}"
+            break
+        else:
+            raise NotFound(
+                f"libbpf {MINIMUM[0]}.{MINIMUM[1]} or newer was not found ({'; '.join(seen) or 'none at all'})",
+                hint="run `make install` in the source tree: it builds one beside the collector",
+            )
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.restype = result
+            function.argtypes = arguments
+        self._lib = lib
+        lib.libbpf_set_print(None)  # failures are told by our own errors, with the thing and the fix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def possible_cpus(self) -> int:
+        """Return the number of CPUs this kernel may ever bring up (lanes are laid out by it)."""
+        return int(self._lib.libbpf_num_possible_cpus())
+
+    def open_pinned(self, path: Path) -> int:
+        """Return a new descriptor of the pinned map at `path`; raises `NotFound`."""
+        fd = int(self._lib.bpf_obj_get(os.fsencode(path)))
+        if fd < 0:
+            raise NotFound(f"no pinned map at {path}: {os.strerror(-fd)}")
+        return fd
+
+
+def kernel_error(what: str, number: int) -> StellaError:
+    """Translate an errno of a refused BPF call into the error an operator can act on."""
+    reason = os.strerror(number).lower()
+    if number in (errno.EPERM, errno.EACCES):
+        return NotPermitted(
+            f"{what}: permission denied",
+            hint="run as root, or give the service CAP_BPF and CAP_PERFMON (systemd: AmbientCapabilities=, "
+            "compose: cap_add); file capabilities do nothing for a Python program",
+        )
+    if number == errno.ENOENT:
+        return NotFound(f"{what}: no such event or symbol on this kernel or in this file")
+    return StellaError(f"{what}: {reason}")
+
+
+class Link:
+    """An attached program.  `close` detaches it."""
+
+    def __init__(self, lib: Libbpf, handle: int) -> None:
+        self._lib = lib
+        self._handle: int | None = handle
+
+    def close(self) -> None:
+        """Detach.  Idempotent."""
+        if self._handle is not None:
+            self._lib.bpf_link__destroy(self._handle)
+            self._handle = None
+
+
+class Program:
+    """One program of a loaded object."""
+
+    def __init__(self, lib: Libbpf, handle: int, name: str) -> None:
+        self._lib = lib
+        self._handle = handle
+        self.name = name
+
+    def set_autoload(self, wanted: bool) -> None:
+        """Leave this program out of the load, or not.  Before `Object.load` only."""
+        self._lib.bpf_program__set_autoload(self._handle, wanted)
+
+    def _link(self, handle: int | None, what: str) -> Link:
+        if not handle:
+            raise kernel_error(f"Failed to attach {what}", ctypes.get_errno())
+        return Link(self._lib, handle)
+
+    def attach(self, what: str) -> Link:
+        """Attach where the program's section says."""
+        return self._link(self._lib.bpf_program__attach(self._handle), what)
+
+    def attach_tracepoint(self, category: str, name: str) -> Link:
+        """Attach to tracepoint `category`/`name` (needs tracefs)."""
+        handle = self._lib.bpf_program__attach_tracepoint(self._handle, category.encode(), name.encode())
+        return self._link(handle, f"tracepoint/{category}/{name}")
+
+    def attach_uprobe(self, path: str, function: str, *, pid: int, returning: bool, cookie: int) -> Link:
+        """Attach to `function` of the file at `path`, in process `pid` or in every process (-1)."""
+        opts = _UprobeOpts(
+            sz=ctypes.sizeof(_UprobeOpts), bpf_cookie=cookie, retprobe=returning, func_name=function.encode()
+        )
+        handle = self._lib.bpf_program__attach_uprobe_opts(
+            self._handle, pid, os.fsencode(path), 0, ctypes.byref(opts)
+        )
+        return self._link(handle, f"{'uretprobe' if returning else 'uprobe'}:{path}:{function}")
+
+    def recursion_misses(self) -> int:
+        """Return how often the kernel skipped this program because it was already running on that CPU."""
+        info = ctypes.create_string_buffer(_INFO_SIZE)
+        size = c_uint32(_INFO_SIZE)
+        fd = self._lib.bpf_program__fd(self._handle)
+        if fd < 0 or self._lib.bpf_prog_get_info_by_fd(fd, info, ctypes.byref(size)):
+            return 0
+        return int(struct.unpack_from("<Q", info.raw, _INFO_RECURSION_MISSES)[0])
+
+
+class Object:
+    """A BPF object file: opened, configured, then loaded.  Closing it removes its programs and maps."""
+
+    def __init__(self, lib: Libbpf, path: Path) -> None:
+        self._lib = lib
+        self._handle: int | None = lib.bpf_object__open_file(os.fsencode(path), None)
+        if not self._handle:
+            raise kernel_error(f"cannot open BPF object {path}", ctypes.get_errno())
+        self._maps: dict[str, int] = {}
+        handle: int | None = None
+        while handle := lib.bpf_object__next_map(self._handle, handle):
+            self._maps[lib.bpf_map__name(handle).decode()] = handle
+        self.programs: dict[str, Program] = {}
+        handle = None
+        while handle := lib.bpf_object__next_program(self._handle, handle):
+            name = lib.bpf_program__name(handle).decode()
+            self.programs[name] = Program(lib, handle, name)
+
+    def _map(self, name: str) -> int:
+        # Data sections are called <object>.rodata and so on, with the object's name cut short.
+        for known, handle in self._maps.items():
+            if known == name or (name.startswith(".") and known.endswith(name)):
+                return handle
+        raise NotFound(f"the BPF object has no map {name}")
+
+    def set_max_entries(self, name: str, entries: int) -> None:
+        """Size a map.  Before `load` only."""
+        if error := self._lib.bpf_map__set_max_entries(self._map(name), entries):
+            raise kernel_error(f"cannot size map {name} to {entries}", -error)
+
+    def set_data(self, section: str, value: bytes) -> None:
+        """Write `value` over the start of data section `.rodata` or `.bss`.  Before `load` only.
+
+        The compiler keeps constants of its own behind our variables, so the rest stays as it is.
+        """
+        size = c_size_t()
+        start = self._lib.bpf_map__initial_value(self._map(section), ctypes.byref(size))
+        if not start or size.value < len(value):
+            raise BrokenPromise(f"{section} of the BPF object holds {size.value} bytes, not {len(value)}")
+        ctypes.memmove(start, value, len(value))
+
+    def load(self) -> None:
+        """Load every program that is left in, and make the maps."""
+        if error := self._lib.bpf_object__load(self._handle):
+            raise kernel_error("the kernel refuses to load the BPF programs", -error)
+
+    def map_fd(self, name: str) -> int:
+        """Return the descriptor of a map.  The object owns it."""
+        return int(self._lib.bpf_map__fd(self._map(name)))
+
+    def pin(self, name: str, path: Path) -> None:
+        """Pin a map at `path` in a bpf file system, so that it outlives this process."""
+        if error := self._lib.bpf_map__pin(self._map(name), os.fsencode(path)):
+            raise kernel_error(f"cannot pin map {name} at {path}", -error)
+
+    def update(self, name: str, key: bytes, value: bytes) -> None:
+        """Put `value` under `key`."""
+        if self._lib.bpf_map_update_elem(self.map_fd(name), key, value, 0):
+            raise kernel_error(f"cannot write map {name}", ctypes.get_errno())
+
+    def delete(self, name: str, key: bytes) -> None:
+        """Remove `key`; a key that is not there is fine."""
+        self._lib.bpf_map_delete_elem(self.map_fd(name), key)
+
+    def close(self) -> None:
+        """Remove programs and maps.  Detach links first.  Idempotent."""
+        if self._handle:
+            self._lib.bpf_object__close(self._handle)
+            self._handle = None
+
+

@@ -1,0 +1,153 @@
+"""The stand-in for a kernel: recorded batches of ring bytes, played again at the pace they had.
+
+It needs no privilege, announces itself in the coverage (`stand_in`), the log and the heartbeat, and goes the
+same way as real batches from the spool on.  A recording is a MessagePack array of `Frame`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import anyio
+import msgspec
+
+from stella_collector import coverage
+from stella_collector.kernel import ProbeState, probes_of
+from stella_collector.runs import Runs
+from stella_collector.spool import Spool
+from stella_shared import VERSION, clock, lifecycle, subjects
+from stella_shared.bus import Bus
+from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
+from stella_shared.errors import NotFound, UsageError
+from stella_shared.events import RECORD_HEADER
+from stella_shared.wire import WIRE_VERSION, Beat, LaneRow, Ledger, RawBatch, encode_raw
+
+log = logging.getLogger(__name__)
+
+SPOOL_BYTES: Final = 16 << 20
+RECORDING_BYTES_MAX: Final = 64 << 20
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """One recorded batch: when, counted from the first, what was settled, and the ring's bytes."""
+
+    after_ns: int
+    ledger: Ledger
+    libraries: list[str]
+    records: bytes
+
+
+def load(path: Path) -> list[Frame]:
+    """Read a recording.  Raises `NotFound`, or `UsageError` when it is none."""
+    try:
+        if path.stat().st_size > RECORDING_BYTES_MAX:
+            raise UsageError(f"{path} is larger than a recording may be ({RECORDING_BYTES_MAX} bytes)")
+        return msgspec.msgpack.decode(path.read_bytes(), type=list[Frame])
+    except OSError as e:
+        raise NotFound(f"no recording at {path}: {e.strerror}") from None
+    except msgspec.MsgspecError as e:
+        raise UsageError(f"{path} is no recording: {e}") from None
+
+
+def shifted(ledger: Ledger, taken: dict[int, int]) -> Ledger:
+    """Return a frame's ledger with its numbers moved behind those that were played before."""
+    rows = []
+    for row in ledger.lanes:
+        first = taken.get(row.lane, 0)
+        width = row.next - row.first
+        taken[row.lane] = first + width
+        rows.append(LaneRow(row.lane, first, first + width, row.recorded, row.filtered, row.lost))
+    now = clock.boottime_ns()
+    return Ledger(now, now, rows, ledger.filtered, ledger.lost)
+
+
+async def serve(signals: Signals, path: Path) -> None:
+    """Play the recording once, then stay quiet until told to stop."""
+    frames = load(path)
+    node = node_name(signals)
+    log.warning("this is a demonstration: events come from the recording %s, not from this kernel", path.name)
+    user, password = bus_user(signals, "collector")
+    runs = Runs(signals)
+    states = [ProbeState(p.name, p.attach_point(), True, reason="demonstration: played from a recording") for p, _ in probes_of(signals)]
+    document = coverage.document(
+        signals,
+        states=states,
+        targets=[],
+        libraries=[],
+        bpf_object_sha256="",
+        btf_sha256="",
+        config_sha256=digest(signals),
+        libbpf="",
+        reader="replay",
+        version=VERSION,
+        stand_in=f"recording {path.name}",
+    )
+    started = time.time()
+    number = 0
+    played = 0
+    with lifecycle.stop_event() as stop:
+        async with Bus.connect(bus_url(signals), name="collector", user=user, password=password) as bus:
+            spool = Spool(bus, subjects.raw(node), SPOOL_BYTES)
+
+            def put(ledger: Ledger, libraries: list[str], records: bytes, *, final: bool = False) -> None:
+                nonlocal number
+                batch = RawBatch(
+                    WIRE_VERSION, node, clock.boot_id(), runs.current, number, ledger,
+                    document if number == 0 else b"", final, [], libraries, records,
+                )  # fmt: skip
+                spool.put(f"{runs.current}.{number}", encode_raw(batch))
+                number += 1
+
+            def beat() -> Beat:
+                return Beat(
+                    "collector", node, node, os.getpid(), VERSION, time.time(), started, "ok",
+                    reason="demonstration: events come from a recording",
+                    metrics={"stellaops_signals_batches_total": float(number)},
+                    detail={
+                        "stand_in": path.name,
+                        "records": played,
+                        "probes": [
+                            {"name": s.name, "attach_point": s.attach_point, "wanted": True, "attached": False, "scope": "", "reason": s.reason, "fix": ""}
+                            for s in states
+                        ],
+                    },
+                )  # fmt: skip
+
+            async with anyio.create_task_group() as tasks:
+                done = anyio.Event()
+                tasks.start_soon(spool.run)
+                tasks.start_soon(lifecycle.beating, bus, beat, done)
+                begin = anyio.current_time()
+                taken: dict[int, int] = {}
+                for frame in frames:
+                    with anyio.move_on_after(max(0.0, begin + frame.after_ns / 1e9 - anyio.current_time())):
+                        await stop.wait()
+                    if stop.is_set():
+                        break
+                    put(shifted(frame.ledger, taken), frame.libraries, renumbered(frame.records, frame.ledger, taken))
+                    played += sum(row.recorded for row in frame.ledger.lanes)
+                await stop.wait()
+                put(shifted(Ledger(0, 0, [], {}, {}), taken), [], b"", final=True)
+                with anyio.move_on_after(10.0):
+                    while not spool.empty:
+                        await anyio.sleep(0.01)
+                done.set()
+                await anyio.sleep(0.05)
+                tasks.cancel_scope.cancel()
+
+
+def renumbered(records: bytes, ledger: Ledger, taken: dict[int, int]) -> bytes:
+    """Return the records with sequence numbers that follow on: `taken` already counts this frame."""
+    offsets = {row.lane: taken[row.lane] - row.next for row in ledger.lanes}
+    out = bytearray(records)
+    at = 0
+    while at < len(out):
+        fields = list(RECORD_HEADER.unpack_from(out, at))
+        fields[1] += offsets.get(fields[6], 0)
+        RECORD_HEADER.pack_into(out, at, *fields)
+        at += fields[9]
+    return bytes(out)

@@ -1,0 +1,1 @@
+"""The enricher: raw batches → canonical evidence lines.  Stateless, any number of them."""

@@ -1,0 +1,295 @@
+"""The enricher: takes raw batches, gives evidence lines.  Stateless: any of N may take any batch.
+
+    stella.raw.* → decode → containers → lines → stella.enriched.<node>.<type> → ack
+
+A batch is acked only after all its parts are stored, so an enricher that dies leaves its batches to the
+others.  Message ids come from the batch, so a batch that was enriched twice is stored once; and if the time
+between is longer than the server's memory, the signer drops the second copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from typing import Final
+
+import anyio
+
+from stella_enricher.cgroups import CgroupIndex
+from stella_enricher.containers import Container, ContainerResolver, unknown
+from stella_enricher.docker_api import DockerApi
+from stella_enricher.lines import Enriched, Lines, Part, all_lost
+from stella_shared import VERSION, clock, lifecycle, subjects
+from stella_shared.bus import Bus, Message, Work
+from stella_shared.config import Signals, bus_url, bus_user, node_name
+from stella_shared.errors import BrokenPromise, TryAgain
+from stella_shared.events import RECORD_HEADER
+from stella_shared.patterns import PathFilter
+from stella_shared.wire import WIRE_VERSION, Beat, Histogram, Ledger, PartHead, RawBatch, decode_raw, encode_head
+
+log = logging.getLogger(__name__)
+
+TAKE: Final = 16
+#: Batches whose parts are on their way to the bus at the same time.
+PUBLISHING: Final = 16
+LAG_CHECK_SECONDS: Final = 1.0
+STOP_SECONDS: Final = 15.0
+RETRY_SECONDS: Final = (0.05, 1.0)
+AGE_SAMPLES: Final = 5
+_LATENCY_BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+
+
+class Enricher:
+    """One member of the pool."""
+
+    def __init__(self, signals: Signals, instance: str, bus: Bus, resolver: ContainerResolver) -> None:
+        self.bus = bus
+        self.instance = instance
+        self.node = node_name(signals)
+        self.boot_id = clock.boot_id()
+        self.resolver = resolver
+        self.lines = Lines(PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist))
+        self.started_at = time.time()
+        self.batches = 0
+        self.poisoned = 0
+        self.events: dict[str, int] = {}
+        self.user_filtered = 0
+        self.kernel_to_line = Histogram.with_bounds(*_LATENCY_BOUNDS)
+        self.work_seconds = Histogram.with_bounds(*_LATENCY_BOUNDS)
+        self.in_flight = 0
+        self.last_error = ""
+        self.held_back = False
+
+    def _container(self, batch: RawBatch, cgroup: int) -> Container:
+        # Cgroup ids are this kernel's; another node's mean nothing here.
+        if batch.node != self.node or batch.boot_id != self.boot_id:
+            return unknown(cgroup, "other_node")
+        return self.resolver.lookup(cgroup)
+
+    async def enrich(self, data: bytes) -> tuple[RawBatch, Enriched]:
+        """Return what a raw batch becomes.  A batch that cannot be used is lost by name, never silently."""
+        begin = time.perf_counter()
+        batch = decode_raw(data)
+        try:
+            if batch.records and batch.node == self.node and batch.boot_id == self.boot_id:
+                await self.resolver.settle(_cgroups(batch.records))
+            enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
+        except BrokenPromise as e:
+            self.poisoned += 1
+            self.last_error = str(e)
+            log.error("batch %d of run %s cannot be used: %s", batch.number, batch.run, e)
+            enriched = Enriched([], all_lost(batch.ledger))
+        self._measure(batch, enriched, time.perf_counter() - begin)
+        return batch, enriched
+
+    def _measure(self, batch: RawBatch, enriched: Enriched, seconds: float) -> None:
+        self.batches += 1
+        self.user_filtered += enriched.ledger.filtered.get("user_path", 0)
+        for part in enriched.parts:
+            self.events[part.type] = self.events.get(part.type, 0) + part.lines
+        self.work_seconds.observe(seconds)
+        if batch.boot_id == self.boot_id and len(batch.records) >= RECORD_HEADER.size:
+            now = clock.boottime_ns()
+            for age_ns, times in _ages(batch, now):
+                self.kernel_to_line.observe(age_ns / 1e9, times)
+
+    async def publish(self, message: Message, batch: RawBatch, enriched: Enriched) -> None:
+        """Store every part, then ack the raw batch."""
+        parts = enriched.parts or [Part(subjects.LEDGER_TYPE, 0, b"")]
+        now = clock.boottime_ns()
+        for index, part in enumerate(parts):
+            head = PartHead(
+                version=WIRE_VERSION,
+                node=batch.node,
+                boot_id=batch.boot_id,
+                run=batch.run,
+                number=batch.number,
+                part=index,
+                parts=len(parts),
+                lines=part.lines,
+                ledger=enriched.ledger if index == 0 else None,
+                coverage=batch.coverage.decode() if index == 0 else "",
+                final=batch.final,
+                closings=batch.closings if index == 0 else [],
+                drained_ns=batch.ledger.end_ns,
+                enriched_ns=now,
+            )
+            await self._insist(
+                subjects.enriched(batch.node, part.type),
+                part.body,
+                f"{batch.run}.{batch.number}.{index}",
+                encode_head(head),
+            )
+        await message.ack()
+
+    async def _insist(self, subject: str, body: bytes, msg_id: str, head: str) -> None:
+        pause = RETRY_SECONDS[0]
+        while True:
+            try:
+                await self.bus.publish(subject, body, msg_id=msg_id, head=head)
+                self.last_error = ""
+                return
+            except TryAgain as e:
+                self.last_error = str(e)
+                await anyio.sleep(pause)
+                pause = min(pause * 2, RETRY_SECONDS[1])
+
+    async def serve(self, work: Work, stop: anyio.Event) -> None:
+        """Enrich until told to stop, and then until nothing is left to enrich."""
+        slots = anyio.Semaphore(PUBLISHING)
+
+        async def store(message: Message, batch: RawBatch, enriched: Enriched) -> None:
+            try:
+                await self.publish(message, batch, enriched)
+            finally:
+                self.in_flight -= 1
+                slots.release()
+
+        async with anyio.create_task_group() as tasks:
+            while True:
+                messages: list[Message] = []
+                with anyio.move_on_after(0.2):
+                    messages = await work.get(TAKE, 0.0)
+                for message in messages:
+                    while self.held_back and not stop.is_set():
+                        await message.in_progress()
+                        await anyio.sleep(LAG_CHECK_SECONDS)
+                    try:
+                        batch, enriched = await self.enrich(message.data)
+                    except BrokenPromise as e:
+                        # Not even a batch: nobody knows its number, so the signer will miss it and say so.
+                        self.poisoned += 1
+                        log.error("a message on %s is no batch: %s", message.subject, e)
+                        await message.term()
+                        continue
+                    await slots.acquire()
+                    self.in_flight += 1
+                    tasks.start_soon(store, message, batch, enriched)
+                if stop.is_set() and not messages and await self._drained(work):
+                    break
+
+    async def _drained(self, work: Work) -> bool:
+        if self.in_flight or work.waiting:
+            return False
+        try:
+            return await work.pending() == (0, 0)
+        except TryAgain:
+            return False
+
+    async def watch_lag(self) -> None:
+        """Stop taking work while the signer is so far behind that the stream could drop what it has not seen."""
+        while True:
+            with contextlib.suppress(TryAgain):
+                lag = await self.bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
+                if (lag > subjects.SIGNER_LAG_LIMIT_BYTES) != self.held_back:
+                    self.held_back = not self.held_back
+                    log.warning("the signer is %d bytes behind: %s", lag, "waiting" if self.held_back else "going on")
+            await anyio.sleep(LAG_CHECK_SECONDS)
+
+    def beat(self) -> Beat:
+        """Return this service's heartbeat."""
+        containers = self.resolver.stats()
+        state, reason = "ok", ""
+        if self.held_back:
+            state, reason = "degraded", "waiting for the signer, which is far behind"
+        elif self.last_error:
+            state, reason = "degraded", self.last_error
+        return Beat(
+            service="enricher",
+            instance=self.instance,
+            node=self.node,
+            pid=os.getpid(),
+            version=VERSION,
+            at=time.time(),
+            started_at=self.started_at,
+            state=state,
+            reason=reason,
+            metrics={
+                **{f"stellaops_signals_events_total{{type={t}}}": float(n) for t, n in self.events.items()},
+                "stellaops_signals_enrich_latency_p99": self.work_seconds.quantile(0.99) * 1000,
+                "stellaops_signals_filtered_total{cause=user_path}": float(self.user_filtered),
+                **{
+                    f"stellaops_signals_containers_unknown_total{name.removeprefix('unknown')}": float(n)
+                    for name, n in containers.items()
+                    if name.startswith("unknown{")
+                },
+            },
+            histograms={
+                "stellaops_signals_enrich_latency_seconds": self.work_seconds,
+                "stellaops_signals_kernel_to_line_latency_seconds": self.kernel_to_line,
+            },
+            detail={
+                "batches": self.batches,
+                "events": self.events,
+                "poisoned": self.poisoned,
+                "in_flight": self.in_flight,
+                "containers": containers,
+            },
+        )
+
+
+def _cgroups(records: bytes) -> set[int]:
+    """Return the distinct cgroup ids of a batch, by a look at the two fields that are needed."""
+    found: set[int] = set()
+    at, end = 0, len(records)
+    while at + RECORD_HEADER.size <= end:
+        size = int.from_bytes(records[at + 44 : at + 48], "little")
+        found.add(int.from_bytes(records[at + 16 : at + 24], "little"))
+        if size < RECORD_HEADER.size:
+            break
+        at += size
+    return found
+
+
+def _ages(batch: RawBatch, now_ns: int) -> list[tuple[int, int]]:
+    """Return (age in ns, events) samples: events came about evenly between the first one and the drain."""
+    oldest = int.from_bytes(batch.records[0:8], "little")
+    newest = max(oldest, batch.ledger.end_ns)
+    count = sum(row.recorded for row in batch.ledger.lanes)
+    weight = max(1, count // AGE_SAMPLES)
+    return [(now_ns - oldest - (newest - oldest) * i // AGE_SAMPLES, weight) for i in range(AGE_SAMPLES)]
+
+
+async def serve(signals: Signals, instance: str) -> None:
+    """Run an enricher until it is told to stop."""
+    instance = instance or f"{node_name(signals)}-{os.getpid()}"
+    user, password = bus_user(signals, "enricher")
+    index = CgroupIndex()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(index.close)
+        stop = stack.enter_context(lifecycle.stop_event())
+        docker = None
+        if signals.runtimes.docker_socket:
+            docker = await stack.enter_async_context(DockerApi(signals.runtimes.docker_socket))
+        bus = await stack.enter_async_context(
+            Bus.connect(bus_url(signals), name=instance, user=user, password=password)
+        )
+        work = await stack.enter_async_context(
+            bus.work(
+                subjects.RAW_STREAM,
+                subjects.RAW_DURABLE,
+                filter_subject=subjects.RAW_SUBJECTS,
+                max_ack_pending=subjects.MAX_ACK_PENDING,
+                queue=subjects.RAW_DURABLE,
+            )
+        )
+        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, index, docker))
+        done = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(enricher.resolver.run)
+            tasks.start_soon(enricher.watch_lag)
+            tasks.start_soon(lifecycle.beating, bus, enricher.beat, done)
+            with anyio.move_on_after(float("inf")) as scope:
+                tasks.start_soon(_deadline, stop, scope)
+                await enricher.serve(work, stop)
+            done.set()
+            await anyio.sleep(0.05)
+            tasks.cancel_scope.cancel()
+
+
+async def _deadline(stop: anyio.Event, scope: anyio.CancelScope) -> None:
+    # What is not acked by then is delivered to the next enricher: nothing is lost by leaving.
+    await stop.wait()
+    scope.deadline = anyio.current_time() + STOP_SECONDS

@@ -1,0 +1,75 @@
+"""The listening socket and uvicorn inside our task group."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+import anyio
+import uvicorn
+from fastapi import FastAPI
+
+from stella_shared.errors import ConfigError, NotPermitted
+
+GRACE_SECONDS: Final = 3
+_BACKLOG: Final = 128
+_CONNECTIONS: Final = 64
+_HEAD_MAX_BYTES: Final = 16384
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Return a socket that listens on `address:port`.  Raises `ConfigError` or `NotPermitted`."""
+    host = "127.0.0.1" if address == "localhost" else address
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except OSError as e:
+        sock.close()
+        said = f"the gateway cannot listen on {address}:{port}: {e.strerror}"
+        if e.errno in (errno.EACCES, errno.EPERM):
+            raise NotPermitted(said, hint="choose a signals.metrics.port of 1024 or more") from None
+        raise ConfigError(said, hint="set signals.metrics.port to a free port") from None
+    return sock
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves the process's signals alone: the service has its own handling."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(app: FastAPI, sock: socket.socket, stop: anyio.Event) -> None:
+    """Answer requests on `sock` until `stop` is set; what is being answered then is finished."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http="h11",
+        ws="none",
+        # A header must not be able to make a stranger look like loopback.
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=_HEAD_MAX_BYTES,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    async def end() -> None:
+        await stop.wait()
+        server.should_exit = True
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(end)
+        await server.serve(sockets=[sock])
+        tasks.cancel_scope.cancel()

@@ -1,0 +1,368 @@
+"""The signer: from the bus to signed chunks.
+
+    bus.work ─▶ Intake (parts → batches) ─▶ ChunkStore.commit (durable) ─▶ ack
+                Patience (what is waited for no longer) ─▶ steps ┘     └─▶ close by size, age, stop ─▶ sign
+
+One task does all of this in order; file, hash and signature work runs in a worker thread so that heartbeats
+and the bus go on.  While the disk refuses, nothing is acknowledged, so nothing is lost: the bus keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.to_thread
+
+from stella_shared import clock, config, lifecycle, log, metrics, subjects
+from stella_shared.bus import Bus, Message, Work
+from stella_shared.config import Signals
+from stella_shared.errors import BrokenPromise, StellaError, TryAgain
+from stella_shared.evidence import keys
+from stella_shared.evidence.store import places
+from stella_shared.wire import Beat, Histogram, decode_head
+from stella_signer.chunks import ChunkStore
+from stella_signer.intake import Batch, Intake, Verdict
+from stella_signer.patience import Patience, at_the_end
+from stella_signer.signing import LocalKey
+from stella_signer.steps import Step
+
+SERVICE: Final = "signer"
+#: A group commit is made at least this often while batches come.
+LINGER_SECONDS: Final = 0.03
+TICK_SECONDS: Final = 0.25
+STOP_SECONDS: Final = 20.0
+RETRY_SECONDS: Final = 1.0
+MAX_MESSAGES: Final = 1024
+MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
+#: A chunk with more coverage documents than this is closed early.
+MAX_COVERAGES: Final = 256
+
+
+def _version() -> str:
+    try:
+        return metadata.version("stella-signals")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _utc_now() -> str:
+    return clock.utc_text(time.time_ns())
+
+
+class Signer:
+    """One node's signer: the state that its tasks share."""
+
+    def __init__(self, signals: Signals, instance: str) -> None:
+        self._signals = signals
+        self._node = config.node_name(signals)
+        self._instance = instance or self._node
+        self._log = log.setup(SERVICE, signals.logging)
+        self._started_at = time.time()
+        self._boot_id = clock.boot_id()
+        self._state = "starting"
+        self._reason = ""
+        self._last_error = ""
+        self._patience = Patience()
+        self._latency = Histogram.with_bounds(*metrics.LATENCY_BOUNDS_SECONDS)
+        self._metrics: dict[str, float] = {}
+        self._detail: dict[str, object] = {}
+        self._lines = self._batches = self._refused = self._repeated = 0
+        self._found_lost: dict[str, int] = {}
+        self._bus_lag = 0
+        self._stop_by = float("inf")
+        self._opened_at = 0.0
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until told to stop; then finish what is in flight, close, sign and return."""
+        with lifecycle.stop_event() as stop:
+            async with AsyncExitStack() as stack:
+                bus = await self._connected(stack, stop)
+                if bus is None:
+                    return
+                done = anyio.Event()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(lifecycle.beating, bus, self._beat, done)
+                    tasks.start_soon(self._mark_stop, stop)
+                    try:
+                        await self._serve(bus, stop)
+                    finally:
+                        done.set()
+                        stop.set()
+
+    async def _connected(self, stack: AsyncExitStack, stop: anyio.Event) -> Bus | None:
+        """Return the bus, or None when told to stop before it answered."""
+        user, password = config.bus_user(self._signals, SERVICE)
+        url = config.bus_url(self._signals)
+        for attempt in range(30):
+            connecting = Bus.connect(
+                url, name=SERVICE, user=user, password=password, patience_seconds=RETRY_SECONDS
+            )
+            try:
+                return await stack.enter_async_context(connecting)
+            except TryAgain:
+                if stop.is_set():
+                    return None
+                if attempt == 29:
+                    raise
+        return None
+
+    async def _mark_stop(self, stop: anyio.Event) -> None:
+        await stop.wait()
+        self._stop_by = anyio.current_time() + STOP_SECONDS
+
+    async def _serve(self, bus: Bus, stop: anyio.Event) -> None:
+        store = await self._open_store(stop)
+        if store is None:
+            return
+        intake: Intake[Message] = Intake(
+            self._node,
+            lambda run, number: store.account.is_settled(run, number),
+            lambda run: store.account.boot_of(run),
+        )
+        try:
+            async with bus.work(
+                subjects.ENRICHED_STREAM,
+                subjects.SIGNER_DURABLE,
+                filter_subject=subjects.enriched(self._node, "*"),
+                max_ack_pending=MAX_ACK_PENDING,
+            ) as work:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._watch_lag, work)
+                    await self._keep(work, store, intake, stop)
+                    tasks.cancel_scope.cancel()
+                await self._durable(functools.partial(store.close, "stop"))
+            self._log.info("stopped", extra={"chunks_signed": store.chunks_signed})
+        finally:
+            self._tell(store, intake)
+            store.release()
+
+    async def _open_store(self, stop: anyio.Event) -> ChunkStore | None:
+        where = places(self._signals)
+        key = LocalKey.load(where.state) if self._signals.signing.enabled else None
+        if key is None:
+            self._log.warning("signing is switched off: chunks are closed, and nothing vouches for them")
+        else:
+            self._detail["key_id"] = f"sha256:{key.key_id}"
+            self._detail["key_hint"] = keys.key_hint(key.key_id)
+        opened: list[ChunkStore] = []
+
+        def work() -> None:
+            opened.append(ChunkStore.open(where, key, version=_version(), now=_utc_now))
+
+        # A signer that was killed may still hold the lock for a moment.
+        while not opened:
+            try:
+                await self._durable(work)
+            except TryAgain as e:
+                self._fail(str(e))
+                if stop.is_set():
+                    return None
+                await anyio.sleep(RETRY_SECONDS)
+        store = opened[0]
+        if store.commits_gone:
+            self._log.error(
+                "the disk lost commits that it had confirmed; their batches will show as missing",
+                extra={"commits": store.commits_gone},
+            )
+        self._opened_at = anyio.current_time()
+        self._log.info("chain opened", extra={"chain": store.chain_id, "chunk": store.index})
+        return store
+
+    # -- the work --------------------------------------------------------------------------------------
+
+    async def _keep(
+        self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event
+    ) -> None:
+        """Take messages, make them durable, acknowledge them; until stopped and drained, or out of time."""
+        while True:
+            self._tell(store, intake)
+            messages: list[Message] = []
+            with anyio.move_on_after(TICK_SECONDS):
+                messages = await work.get(MAX_MESSAGES, LINGER_SECONDS)
+            for message in messages:
+                await self._offer(intake, message)
+            steps = self._patience.due(store.account, anyio.current_time())
+            if intake.complete or steps:
+                await self._commit(store, intake, steps)
+            if reason := self._rotation(store):
+                await self._durable(functools.partial(store.close, reason))
+                self._opened_at = anyio.current_time()
+            if stop.is_set() and (
+                anyio.current_time() > self._stop_by or await self._drained(work, store, intake)
+            ):
+                while last := at_the_end(store.account):
+                    await self._commit(store, intake, last)
+                return
+
+    async def _offer(self, intake: Intake[Message], message: Message) -> None:
+        try:
+            verdict = intake.offer(decode_head(message.head), message.data, message)
+        except BrokenPromise as e:
+            verdict, intake.last_refusal = Verdict.REFUSED, f"{message.subject}: {e}"
+        if verdict is Verdict.REPEATED:
+            self._repeated += 1
+            await message.ack()
+        elif verdict is Verdict.REFUSED:
+            self._refused += 1
+            self._last_error = intake.last_refusal
+            self._log.error("refused", extra={"reason": intake.last_refusal})
+            await message.term()
+
+    async def _commit(self, store: ChunkStore, intake: Intake[Message], steps: list[Step]) -> None:
+        """Make all complete batches durable, then acknowledge them."""
+        batches = intake.take()
+        # Batches first: one that arrives just in time is not given up.
+        told: list[Step] = [batch.step for batch in batches]
+        before = dict(store.account.found_lost)
+        await self._durable(functools.partial(store.commit, [*told, *steps], [batch.body for batch in batches]))
+        for cause, count in store.account.found_lost.items():
+            self._found_lost[cause] = self._found_lost.get(cause, 0) + count - before.get(cause, 0)
+        self._observe(batches)
+        for step in steps:
+            self._log.warning("waited long enough", extra={"step": repr(step)})
+        for batch in batches:
+            for message in batch.handles:
+                await message.ack()
+        for message in intake.drop_settled():
+            await message.ack()
+
+    def _observe(self, batches: list[Batch[Message]]) -> None:
+        now = clock.boottime_ns()
+        self._batches += len(batches)
+        for batch in batches:
+            self._lines += batch.step.lines
+            if batch.step.lines and batch.drained_ns and batch.step.boot_id == self._boot_id:
+                self._latency.observe(max(0, now - batch.drained_ns) / 1e9, batch.step.lines)
+
+    def _rotation(self, store: ChunkStore) -> str:
+        """Return why the open chunk must close now, or ""."""
+        if store.account.early():
+            return ""
+        rotation = self._signals.rotation
+        if max(store.bytes, store.journal_bytes) >= rotation.max_size_mb * (1 << 20):
+            return "size"
+        if store.account.coverages > MAX_COVERAGES:
+            return "size"
+        if anyio.current_time() - self._opened_at >= rotation.max_age_hours * 3600:
+            return "age"
+        return ""
+
+    async def _drained(self, work: Work, store: ChunkStore, intake: Intake[Message]) -> bool:
+        """Return whether every run has ended and nothing is on its way."""
+        if store.account.live() or store.account.early() or intake.incomplete or work.waiting:
+            return False
+        try:
+            return await work.pending() == (0, 0)
+        except TryAgain:
+            return False
+
+    async def _durable(self, work: Callable[[], None]) -> None:
+        """Do file work in a thread; while the disk refuses, say so and try again.
+
+        Raises `TryAgain` when it still refuses as the time to stop runs out.
+        """
+        while True:
+            try:
+                await anyio.to_thread.run_sync(work)
+            except OSError as e:
+                self._fail(f"{e.filename or 'evidence'}: {e.strerror}")
+                if anyio.current_time() > self._stop_by:
+                    raise TryAgain(f"stopped while the disk refused: {e}") from None
+                await anyio.sleep(RETRY_SECONDS)
+            else:
+                if self._state != "ok":
+                    self._log.info("writing evidence")
+                self._state, self._reason = "ok", ""
+                return
+
+    def _fail(self, reason: str) -> None:
+        if self._reason != reason:
+            self._log.error("cannot write evidence; nothing is acknowledged meanwhile", extra={"reason": reason})
+        self._state, self._reason, self._last_error = "failed", reason, reason
+
+    # -- what others see -------------------------------------------------------------------------------
+
+    async def _watch_lag(self, work: Work) -> None:
+        while True:
+            try:
+                waiting, delivered = await work.pending()
+                self._bus_lag = waiting + delivered
+            except TryAgain:
+                pass
+            await anyio.sleep(1.0)
+
+    def _tell(self, store: ChunkStore, intake: Intake[Message]) -> None:
+        """Note what the next heartbeat says; called only while no thread works on the store."""
+        self._metrics = {
+            metrics.CHUNKS_SIGNED: store.chunks_signed,
+            metrics.LINES_TOTAL: self._lines,
+            metrics.BATCHES_TOTAL: self._batches,
+            **{metrics.key(metrics.DROPS_TOTAL, cause=c): n for c, n in self._found_lost.items()},
+        }
+        self._detail |= {
+            "chain_id": store.chain_id,
+            "index": store.index,
+            "open_lines": store.lines,
+            "open_bytes": store.bytes,
+            "last_statement_sha256": store.last_statement_sha256,
+            "waiting_for_earlier": store.account.early(),
+            "incomplete": intake.incomplete,
+            "repeated": self._repeated,
+            "refused": self._refused,
+        }
+
+    def _beat(self) -> Beat:
+        return Beat(
+            SERVICE,
+            self._instance,
+            self._node,
+            os.getpid(),
+            _version(),
+            time.time(),
+            self._started_at,
+            self._state,
+            self._reason,
+            {**self._metrics, metrics.SIGN_LAG_BATCHES: self._bus_lag},
+            {metrics.DURABLE_LATENCY_SECONDS: self._latency},
+            {**self._detail, "last_error": self._last_error},
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the signer of a node: `--config FILE [--instance NAME]`.  Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="stella-signer", description="Turns enriched events into signed chunks.")
+    parser.add_argument("--config", type=Path, help="configuration file (defaults without one)")
+    parser.add_argument("--instance", default="", help="name in heartbeats (the node's name by default)")
+    options = parser.parse_args(argv)
+    try:
+        signals = config.load(options.config, os.environ)
+        anyio.run(Signer(signals, options.instance).run)
+    except BaseExceptionGroup as group:
+        found = group.subgroup(StellaError)
+        first: BaseException | None = found
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        if not isinstance(first, StellaError):
+            raise
+        return _say(first)
+    except StellaError as e:
+        return _say(e)
+    return 0
+
+
+def _say(error: StellaError) -> int:
+    hint = f"\n  hint: {error.hint}" if error.hint else ""
+    sys.stderr.write(f"stella-signer: {error}{hint}\n")
+    return error.exit_code

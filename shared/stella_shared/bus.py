@@ -1,0 +1,363 @@
+"""The bus, as the services see it: the one module that speaks to NATS.
+
+    async with Bus.connect(url, name="collector") as bus:
+        await bus.publish(subject, data, msg_id="…")          # returns when JetStream has stored it
+        async with bus.work(stream, durable, …) as work:      # explicit acks, redelivered until acked
+            for message in await work.get(64, 0.0): await message.ack()
+
+What a caller may rely on:
+* `publish` returns only after the server's ack, or raises `TryAgain`; repeating it with the same message id
+  inside the duplicate window stores the message once.
+* A full stream refuses (discard new) and `publish` says so: the caller keeps the message.
+* Every wait has a time limit.  Lost connections heal by themselves; waiting consumers go on afterwards, also
+  when the server restarted or somebody deleted the consumer meanwhile.
+
+Two traps of the client library shape this module: `flush()` is no barrier (only acks are), and `drain()`
+after JetStream use may hang until its own time-out (so subscriptions are settled and the connection closed).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+
+from stella_shared import subjects
+from stella_shared.errors import BrokenPromise, NotPermitted, TryAgain
+from stella_shared.wire import Beat, decode_beat, encode_beat
+
+_MSG_ID = "Nats-Msg-Id"
+#: What an outage may leave in the client's own buffer; a publisher is told "try again" beyond it.
+_PENDING_BYTES = 32 << 20
+_CONSUMER_CHECK_SECONDS = 2.0
+
+
+class Message:
+    """A message that was received.  `head` is the text of the batch header, or ""."""
+
+    __slots__ = ("_msg", "data", "subject")
+
+    def __init__(self, msg: Msg) -> None:
+        self._msg = msg
+        self.subject: str = msg.subject
+        self.data: bytes = msg.data
+
+    @property
+    def head(self) -> str:
+        """The JSON text of the batch head that travels in the header."""
+        return str((self._msg.headers or {}).get(subjects.HEAD_HEADER, ""))
+
+    @property
+    def msg_id(self) -> str:
+        """The publisher's message id."""
+        return str((self._msg.headers or {}).get(_MSG_ID, ""))
+
+    @property
+    def deliveries(self) -> int:
+        """How often this message has been delivered, 1 at first."""
+        return int(self._msg.metadata.num_delivered or 1)
+
+    async def _answer(self, verb: bytes) -> None:
+        # An ack that cannot be sent is not an error: the server delivers again, and receivers deduplicate.
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._msg._client.publish(self._msg.reply, verb)
+
+    async def ack(self) -> None:
+        """Tell the server that this message is dealt with."""
+        await self._answer(b"+ACK")
+
+    async def nak(self, delay_seconds: float = 0.0) -> None:
+        """Ask for this message again, after `delay_seconds`."""
+        await self._answer(b'-NAK {"delay": %d}' % int(delay_seconds * 1e9) if delay_seconds else b"-NAK")
+
+    async def term(self) -> None:
+        """Ask never to see this message again.  The caller has counted the loss."""
+        await self._answer(b"+TERM")
+
+    async def in_progress(self) -> None:
+        """Ask for another full ack wait."""
+        await self._answer(b"+WPI")
+
+
+class Work:
+    """A durable consumer's messages.  Made by `Bus.work`."""
+
+    def __init__(self, bus: Bus, stream: str, config: ConsumerConfig) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._config = config
+        self._ready: deque[Message] = deque()
+        self._arrived = asyncio.Event()
+        self._sub: Any = None
+
+    async def _on_message(self, msg: Msg) -> None:
+        self._ready.append(Message(msg))
+        self._arrived.set()
+
+    async def _start(self) -> None:
+        await self._ensure_consumer()
+        # Flow is bounded by max_ack_pending on the server, so the client's own limits only get in the way.
+        self._sub = await self._bus._nc.subscribe(
+            str(self._config.deliver_subject),
+            queue=self._config.deliver_group or "",
+            cb=self._on_message,
+            pending_msgs_limit=0,
+            pending_bytes_limit=0,
+        )
+
+    async def _ensure_consumer(self) -> None:
+        try:
+            await self._bus._js.add_consumer(self._stream, config=self._config)
+        except nats.js.errors.APIError as e:
+            raise TryAgain(f"consumer {self._config.durable_name} of stream {self._stream}: {e}") from None
+
+    async def _watch(self) -> None:
+        # A consumer that was deleted, or lost with its server's store, is silent: look, and make it again.
+        while True:
+            await asyncio.sleep(_CONSUMER_CHECK_SECONDS)
+            try:
+                await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
+            except nats.js.errors.NotFoundError:
+                with contextlib.suppress(TryAgain, nats.errors.Error, asyncio.TimeoutError):
+                    await self._bus.ensure_streams()
+                    await self._ensure_consumer()
+            except (nats.errors.Error, asyncio.TimeoutError):
+                continue
+
+    async def get(self, max_messages: int, linger_seconds: float) -> list[Message]:
+        """Wait for at least one message, then at most `linger_seconds` for more, up to `max_messages`.
+
+        Cancelling this loses nothing: what was not returned stays queued.
+        """
+        while not self._ready:
+            self._arrived.clear()
+            await self._arrived.wait()
+        if linger_seconds > 0 and len(self._ready) < max_messages:
+            await asyncio.sleep(linger_seconds)
+        return [self._ready.popleft() for _ in range(min(max_messages, len(self._ready)))]
+
+    @property
+    def waiting(self) -> int:
+        """Messages that have arrived and were not fetched yet."""
+        return len(self._ready)
+
+    async def pending(self) -> tuple[int, int]:
+        """Return how many messages wait to be delivered, and how many are delivered and not acked.
+
+        Raises `TryAgain` when the bus does not answer.
+        """
+        info = await self._bus._info(self._stream, str(self._config.durable_name))
+        return int(info.num_pending or 0), int(info.num_ack_pending or 0)
+
+
+class Bus:
+    """One connection to NATS.  Use `async with Bus.connect(…)`."""
+
+    def __init__(self, nc: Client) -> None:
+        self._nc = nc
+        self._js = nc.jetstream(timeout=5.0, publish_async_max_pending=4096)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(
+        cls, url: str, *, name: str, user: str = "", password: str = "", patience_seconds: float = 30.0
+    ) -> AsyncIterator[Bus]:
+        """Connect to `url` and close at the end of the block.
+
+        Waits up to `patience_seconds` for a server that is still starting.  Raises `TryAgain` when there is
+        none, `NotPermitted` when it refuses the user.
+        """
+        nc = Client()
+
+        async def quiet(_: Exception) -> None:
+            # Disconnects and slow spells show in heartbeats and counters; the library's default is a traceback.
+            return
+
+        deadline = asyncio.get_running_loop().time() + patience_seconds
+        while True:
+            try:
+                await nc.connect(
+                    url,
+                    name=f"stella {name}",
+                    user=user or None,
+                    password=password or None,
+                    allow_reconnect=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.2,  # type: ignore[arg-type]  # the library takes fractions
+                    connect_timeout=2,
+                    ping_interval=10,
+                    max_outstanding_pings=3,
+                    pending_size=_PENDING_BYTES,
+                    error_cb=quiet,
+                )
+                break
+            except (nats.errors.AuthorizationError, nats.errors.NoServersError, nats.errors.Error, OSError) as e:
+                if "uthorization" in str(e):
+                    raise NotPermitted(
+                        f"the NATS server at {url} refuses user {user or '(none)'}",
+                        hint="check bus.credentials_file, or the state directory's bus.json",
+                    ) from None
+                if asyncio.get_running_loop().time() > deadline:
+                    raise TryAgain(
+                        f"no NATS server answers at {url}: {e}",
+                        hint="start one, or leave bus.url empty to run the embedded server",
+                    ) from None
+                await asyncio.sleep(0.1)
+                nc = Client()
+        try:
+            yield cls(nc)
+        finally:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(nc.flush(timeout=2), 2.0)
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(nc.close(), 2.0)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands at this moment."""
+        return bool(self._nc.is_connected)
+
+    async def ping(self) -> None:
+        """Ask the server for a sign of life.  Raises `TryAgain`."""
+        try:
+            await self._nc.flush(timeout=2)
+        except (nats.errors.Error, OSError, asyncio.TimeoutError) as e:
+            raise TryAgain(f"the NATS server does not answer: {e or type(e).__name__}") from None
+
+    async def ensure_streams(self) -> None:
+        """Make the streams that `subjects` declares, or bring existing ones to those limits."""
+        raw = StreamConfig(
+            name=subjects.RAW_STREAM,
+            subjects=[subjects.RAW_SUBJECTS],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+            max_bytes=subjects.RAW_MAX_BYTES,
+            duplicate_window=subjects.DUPLICATE_WINDOW_SECONDS,
+        )
+        enriched = StreamConfig(
+            name=subjects.ENRICHED_STREAM,
+            subjects=[subjects.ENRICHED_SUBJECTS],
+            retention=RetentionPolicy.LIMITS,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_bytes=subjects.ENRICHED_MAX_BYTES,
+            max_age=subjects.ENRICHED_MAX_AGE_SECONDS,
+            duplicate_window=subjects.DUPLICATE_WINDOW_SECONDS,
+        )
+        for config in (raw, enriched):
+            try:
+                try:
+                    await self._js.stream_info(str(config.name))
+                except nats.js.errors.NotFoundError:
+                    await self._js.add_stream(config)
+                else:
+                    await self._js.update_stream(config)
+            except (nats.errors.Error, asyncio.TimeoutError) as e:
+                raise TryAgain(f"stream {config.name}: {e or type(e).__name__}") from None
+
+    async def publish(
+        self, subject: str, data: bytes, *, msg_id: str, head: str = "", timeout_seconds: float = 5.0
+    ) -> None:
+        """Store one message.  Returns after the server's ack; raises `TryAgain` (repeat with the same id)."""
+        if not self._nc.is_connected:
+            raise TryAgain("the bus is not connected")
+        headers = {_MSG_ID: msg_id}
+        if head:
+            headers[subjects.HEAD_HEADER] = head
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                future = await self._js.publish_async(subject, data, headers=headers)
+                await future
+        except nats.errors.MaxPayloadError:
+            raise BrokenPromise(f"a message of {len(data)} bytes is over the server's max_payload") from None
+        except (nats.errors.Error, TimeoutError, OSError) as e:
+            raise TryAgain(f"the bus did not take a message on {subject}: {e or type(e).__name__}") from None
+
+    @contextlib.asynccontextmanager
+    async def work(
+        self, stream: str, durable: str, *, filter_subject: str, max_ack_pending: int, queue: str = ""
+    ) -> AsyncIterator[Work]:
+        """Consume a durable's messages; with `queue`, share them with every other worker of that name."""
+        config = ConsumerConfig(
+            durable_name=durable,
+            deliver_subject=f"stella.deliver.{durable}",
+            deliver_group=queue or None,
+            filter_subject=filter_subject,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=subjects.ACK_WAIT_SECONDS,
+            max_ack_pending=max_ack_pending,
+        )
+        work = Work(self, stream, config)
+        deadline = asyncio.get_running_loop().time() + 15.0
+        while True:
+            try:
+                await work._start()
+                break
+            except (TryAgain, nats.errors.Error, asyncio.TimeoutError) as e:
+                # The streams are made by whoever starts the node, perhaps a moment from now.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise TryAgain(f"stream {stream} is not there: {e or type(e).__name__}") from None
+                await asyncio.sleep(0.2)
+        watcher = asyncio.create_task(work._watch())
+        try:
+            yield work
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await work._sub.unsubscribe()
+
+    async def _info(self, stream: str, durable: str) -> Any:
+        try:
+            return await self._js.consumer_info(stream, durable, timeout=2.0)
+        except (nats.errors.Error, asyncio.TimeoutError, OSError) as e:
+            raise TryAgain(f"consumer {durable} of {stream}: {e or type(e).__name__}") from None
+
+    async def lag_bytes(self, stream: str, durable: str) -> int:
+        """Return about how many stored bytes `durable` has not seen yet; 0 while it does not exist.
+
+        The server counts messages per consumer, not bytes, so this is their share of the stream's bytes.
+        Raises `TryAgain` when the bus does not answer.
+        """
+        try:
+            state = (await self._js.stream_info(stream)).state
+            info = await self._js.consumer_info(stream, durable, timeout=2.0)
+        except nats.js.errors.NotFoundError:
+            return 0
+        except (nats.errors.Error, asyncio.TimeoutError, OSError) as e:
+            raise TryAgain(f"stream {stream}: {e or type(e).__name__}") from None
+        waiting = int(info.num_pending or 0) + int(info.num_ack_pending or 0)
+        return int(state.bytes * min(1.0, waiting / state.messages)) if state.messages else 0
+
+    async def beat(self, beat: Beat) -> None:
+        """Send a heartbeat.  Silent when the bus is away: silence is what the gateway reports then."""
+        if self._nc.is_connected:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._nc.publish(subjects.beat(beat.service, beat.instance), encode_beat(beat))
+
+    async def beats(self) -> AsyncIterator[Beat]:
+        """Yield heartbeats of every service as they come.  What is no heartbeat is passed over."""
+        async for message in self.tail(subjects.BEATS):
+            with contextlib.suppress(BrokenPromise):
+                yield decode_beat(message.data)
+
+    async def tail(self, subject: str) -> AsyncIterator[Message]:
+        """Yield messages on `subject` from now on, without storage or acks."""
+        sub = await self._nc.subscribe(subject)
+        try:
+            async for msg in sub.messages:
+                yield Message(msg)
+        finally:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await sub.unsubscribe()

@@ -1,0 +1,483 @@
+"""The configuration: every key, its meaning, its default, its limits.
+
+    built-in default  <  stellaops.yaml  <  environment STELLA_SIGNALS__A__B  <  overrides (flags, "a.b")
+
+`load` merges these four and validates the result; what it returns is consistent and safe to print (no
+secrets in it).  `check_runnable` is the second, stricter level: it refuses what is written correctly but
+cannot run in this release, so that a file made for a later release can still be read and checked.
+The structs below are the only place where a key is declared: the reference page and the JSON Schema are
+made from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
+
+import msgspec
+import rfc8785
+from msgspec import Meta, Struct
+
+from stella_shared import config_layers, yamltext
+from stella_shared.config_checks import CHECKS
+from stella_shared.errors import ConfigError
+
+FILE_MAX_BYTES: Final = 1 << 20
+ENV_PREFIX: Final = "STELLA_SIGNALS__"
+#: Keys whose effect comes with a later release carry this in their Meta; the reference page shows it.
+LATER: Final = "accepted and checked; takes effect in a later release"
+
+
+def _key(description: str) -> Meta:
+    return Meta(description=description)
+
+
+def _number(description: str, ge: float, le: float, unit: str = "", effect: str = "") -> Meta:
+    """Return the Meta of a bounded number: meaning, limits, unit, and whether its effect comes later."""
+    extra = {name: text for name, text in (("unit", unit), ("effect", effect)) if text}
+    return Meta(description=description, ge=ge, le=le, extra=extra)
+
+
+def _text(description: str, max_length: int = 4096) -> Meta:
+    return Meta(description=description, max_length=max_length)
+
+
+def _list(description: str) -> Meta:
+    return Meta(description=description, max_length=256)
+
+
+_Item = Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: immutable, nothing unknown."""
+
+
+class Rotation(_Section, frozen=True):
+    """When the open chunk is closed: at whichever limit is met first."""
+
+    max_size_mb: Annotated[
+        float,
+        _number(
+            "Size at which the open chunk is closed. Fractions are allowed.",
+            unit="MiB (2^20 bytes)",
+            ge=0.001,
+            le=65536,
+        ),
+    ] = 100.0
+    max_age_hours: Annotated[
+        float,
+        _number(
+            "Age at which the open chunk is closed. Fractions are allowed: 0.001 is 3.6 seconds.",
+            unit="hours",
+            ge=0.0001,
+            le=8760,
+        ),
+    ] = 1.0
+
+
+class Signing(_Section, frozen=True):
+    """How chunks are signed."""
+
+    enabled: Annotated[
+        bool, _key("Sign each closed chunk. Without it the chunks still form a chain of digests.")
+    ] = True
+    key_id: Annotated[
+        str,
+        _text(
+            "Which key signs: `local` is the ECDSA P-256 key made by `stella signals init`. `fulcio` "
+            "(keyless) and KMS URIs such as `awskms:///alias/evidence` are accepted, but only `local` can "
+            "run in this release.",
+            max_length=512,
+        ),
+    ] = "local"
+    submit_to_rekor: Annotated[
+        bool,
+        _key(
+            "Submit each signed statement to a transparency log. A public entry is for ever, so this is off "
+            "until a log is configured; switched on without one, the node refuses to start."
+        ),
+    ] = False
+
+
+class Probes(_Section, frozen=True):
+    """Which probes are attached, one switch each."""
+
+    sys_enter_openat: Annotated[
+        bool, _key("File opens with their outcome: open, openat and openat2 (`file_open`).")
+    ] = True
+    sched_process_exec: Annotated[bool, _key("Program starts (`process_exec`).")] = True
+    inet_sock_set_state: Annotated[bool, _key("TCP state changes, IPv4 and IPv6 (`tcp_state`).")] = True
+    libc_connect: Annotated[bool, _key("Outgoing connections with their result (`net_connect`).")] = True
+    libc_accept: Annotated[
+        bool, _key("Accepted connections with their result: accept and accept4 (`net_connect`).")
+    ] = True
+    openssl_read: Annotated[
+        bool, _key("SSL_read and SSL_read_ex: byte counts, never payload (`ssl_op`).")
+    ] = True
+    openssl_write: Annotated[
+        bool, _key("SSL_write and SSL_write_ex: byte counts, never payload (`ssl_op`).")
+    ] = True
+    libc_source: Annotated[
+        Literal["syscall", "uprobe"],
+        _key(
+            "Where libc_connect and libc_accept look: `syscall` tracepoints see static and musl programs too "
+            "and cost a hundredth; `uprobe` sees the library call itself."
+        ),
+    ] = "syscall"
+    openssl_libraries: Annotated[
+        list[_Item],
+        _list("Absolute paths of the libssl files to watch. Empty: found in the system's library folders."),
+    ] = []
+
+
+class Paths(_Section, frozen=True):
+    """Which file paths are recorded.  Deny wins over allow; an empty allow list allows all."""
+
+    allowlist: Annotated[
+        list[_Item],
+        _list(
+            "Record only opens of these paths. `**` stands for any depth, `*` and `?` stay within one "
+            "segment; `/etc/**` is everything below /etc. Patterns `<folder>/**` are decided in the kernel, "
+            "others are finished in user space."
+        ),
+    ] = msgspec.field(default_factory=lambda: ["/etc/**", "/var/lib/**"])
+    denylist: Annotated[list[_Item], _list("Never record opens of these paths; the same patterns.")] = (
+        msgspec.field(default_factory=lambda: ["/proc/**", "/sys/**", "/dev/**"])
+    )
+
+
+class Networks(_Section, frozen=True):
+    """Which peers' addresses are recorded.  Deny wins over allow; an empty allow list allows all."""
+
+    allowlist: Annotated[
+        list[_Item], _list("Record only connections with these networks: CIDR or single addresses.")
+    ] = []
+    denylist: Annotated[
+        list[_Item], _list("Never record connections with these networks: CIDR or single addresses.")
+    ] = msgspec.field(default_factory=lambda: ["127.0.0.0/8"])
+
+
+class Filters(_Section, frozen=True):
+    """What is collected at all.  Without targets it is the whole node; targets of several kinds add up."""
+
+    target_containers: Annotated[
+        list[_Item],
+        _list("Only these containers: ids of 12 to 64 hex digits; `docker://` may stand before."),
+    ] = []
+    target_namespaces: Annotated[
+        list[_Item],
+        _list(
+            "Only processes in these kernel namespaces, written as `readlink /proc/PID/ns/pid` shows them: "
+            "`pid:[4026531836]`; pid, mnt or net."
+        ),
+    ] = []
+    target_cgroups: Annotated[
+        list[_Item],
+        _list(
+            "Only processes in these cgroup v2 groups and below: paths under /sys/fs/cgroup such as "
+            "`/system.slice/nginx.service`."
+        ),
+    ] = []
+    paths: Annotated[Paths, _key("File path patterns.")] = Paths()
+    networks: Annotated[Networks, _key("Networks.")] = Networks()
+
+
+class Resources(_Section, frozen=True):
+    """Bounds of memory and caches."""
+
+    max_cache_memory_mb: Annotated[
+        int,
+        _number(
+            "Upper bound of the memory that each service may hold in caches.",
+            unit="MiB (2^20 bytes)",
+            ge=1,
+            le=1 << 20,
+        ),
+    ] = 256
+    symbol_cache_max_entries: Annotated[
+        int,
+        _number(
+            "Resolved addresses kept in the symbol cache.", unit="entries", effect=LATER, ge=1, le=100_000_000
+        ),
+    ] = 100_000
+    container_cache_ttl_seconds: Annotated[
+        int,
+        _number(
+            "How long a cgroup's container is remembered before it is looked up again.",
+            unit="seconds",
+            ge=1,
+            le=86400,
+        ),
+    ] = 300
+
+
+class Metrics(_Section, frozen=True):
+    """The gateway: /health, /status, /metrics and the status page."""
+
+    enabled: Annotated[bool, _key("Run the gateway.")] = True
+    port: Annotated[int, _number("TCP port the gateway listens on.", ge=1, le=65535)] = 9090
+    address: Annotated[
+        str,
+        _text(
+            "Address the gateway listens on: an IP address or `localhost`. Anything beyond loopback needs "
+            "token_file.",
+            max_length=64,
+        ),
+    ] = "127.0.0.1"
+    token_file: Annotated[
+        str,
+        _text(
+            "File with the bearer token that callers from other machines must send. Empty: none, and the "
+            "gateway refuses to listen beyond loopback."
+        ),
+    ] = ""
+
+
+class Logging(_Section, frozen=True):
+    """The services' own logs, on standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _key("Least severity that is written.")
+    ] = "info"
+    format: Annotated[Literal["json", "text"], _key("`json`: one object a line. `text`: for people.")] = (
+        "json"
+    )
+
+
+class BusSection(_Section, frozen=True):
+    """The NATS server between the services."""
+
+    url: Annotated[
+        str,
+        _text(
+            "URL of an existing NATS server with JetStream: `nats://…` or `tls://…`, several separated by "
+            "commas. Empty: the node runs a server of its own."
+        ),
+    ] = ""
+    port: Annotated[
+        int, _number("Loopback TCP port of the node's own NATS server. 0: any free one.", ge=0, le=65535)
+    ] = 4222
+    credentials_file: Annotated[
+        str,
+        _text(
+            "JSON file with each service's user and password on the bus, in the form of the bus.json in the "
+            "state directory. Empty: that bus.json."
+        ),
+    ] = ""
+
+
+class Runtimes(_Section, frozen=True):
+    """Container runtimes that are asked for image digests."""
+
+    docker_socket: Annotated[str, _text("Path of Docker's API socket. Empty: Docker is not asked.")] = (
+        "/var/run/docker.sock"
+    )
+
+
+class Signals(_Section, frozen=True):
+    """Everything under the top key `signals`."""
+
+    enabled: Annotated[bool, _key("Collect at all. `false`: a node refuses to start and says so.")] = True
+    output_directory: Annotated[str, _text("Folder of the evidence: chunks, statements, signatures.")] = (
+        "/var/lib/stellaops/evidence"
+    )
+    ring_buffer_size: Annotated[
+        int,
+        _number(
+            "Size of the ring buffer between kernel and collector: a power of two and a multiple of the page "
+            "size.",
+            unit="bytes",
+            ge=4096,
+            le=1 << 30,
+        ),
+    ] = 262144
+    max_events_per_second: Annotated[
+        int,
+        _number(
+            "Rate limit in the kernel for the whole node; what is above it is counted as lost with cause "
+            "rate_limit. 0: unlimited.",
+            unit="events per second",
+            ge=0,
+            le=100_000_000,
+        ),
+    ] = 0
+    rotation: Annotated[Rotation, _key("When a chunk is closed.")] = Rotation()
+    signing: Annotated[Signing, _key("How chunks are signed.")] = Signing()
+    probes: Annotated[Probes, _key("Which probes are attached.")] = Probes()
+    filters: Annotated[Filters, _key("What is collected.")] = Filters()
+    resources: Annotated[Resources, _key("Bounds of memory and caches.")] = Resources()
+    metrics: Annotated[Metrics, _key("The gateway.")] = Metrics()
+    logging: Annotated[Logging, _key("The services' own logs.")] = Logging()
+    node: Annotated[
+        str, _text("Name of this node in subjects and evidence. Empty: the host name.", max_length=253)
+    ] = ""
+    state_directory: Annotated[
+        str,
+        _text(
+            "Folder of keys, bus data, logs and run state, readable by its owner only. Empty: `state` beside "
+            "output_directory."
+        ),
+    ] = ""
+    bus: Annotated[BusSection, _key("The NATS server between the services.")] = BusSection()
+    enrichers: Annotated[int, _number("Enricher processes on this node.", ge=1, le=64)] = 1
+    runtimes: Annotated[Runtimes, _key("Container runtimes.")] = Runtimes()
+
+
+class BusUser(Struct, frozen=True):
+    """One service's user on the bus."""
+
+    user: str
+    password: str
+
+
+class BusUsers(Struct, frozen=True):
+    """The content of bus.json: users by service name.  Mode 0600; it never leaves the node."""
+
+    users: dict[str, BusUser]
+
+
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+) -> Signals:
+    """Return the effective configuration.
+
+    `path` None means defaults; `environ` contributes its STELLA_SIGNALS__… variables (lists: separated by
+    commas, or YAML); `overrides` maps dotted keys below `signals` (`"metrics.port"`) to values and wins.
+    Raises `ConfigError` with one line for each fault: file and line, key, value and what is allowed.
+    """
+    document, lines = yamltext.parse(_read(path), str(path)) if path else (None, {})
+    merge = config_layers.Merge(Signals, "signals", CHECKS, str(path), lines)
+    values = merge.document(document)
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX):
+            keys = name.removeprefix(ENV_PREFIX).lower().split("__")
+            merge.place(values, keys, environ[name], f"environment {name}")
+        elif name.startswith(ENV_PREFIX.rstrip("_")):
+            merge.faults.append(_misspelt_variable(name))
+    for key, value in (overrides or {}).items():
+        merge.place(values, key.removeprefix("signals.").split("."), value, "option")
+    signals: Signals = merge.result(values)
+    if not merge.faults:
+        merge.faults += _cross_faults(signals)
+    if merge.faults:
+        raise ConfigError(
+            "\n".join(merge.faults), hint="docs/reference/configuration.md lists every key and what it allows"
+        )
+    return signals
+
+
+def check_runnable(signals: Signals) -> None:
+    """Raise `ConfigError` for what `load` accepts but this release cannot run, one line for each fault."""
+    faults: list[str] = []
+    if not signals.enabled:
+        faults.append("signals.enabled is false: nothing is to be collected")
+    if signals.signing.enabled and signals.signing.key_id != "local":
+        faults.append(
+            f"signals.signing.key_id is {signals.signing.key_id!r}: "
+            'keyless and KMS signing are not available in this release; write "local"'
+        )
+    if signals.signing.submit_to_rekor:
+        faults.append(
+            "signals.signing.submit_to_rekor is true but no transparency log is configured: a public entry "
+            "is for ever, so none is assumed; write false, chunks stay signed and can be verified offline"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults), hint="docs/reference/configuration.md explains these keys")
+
+
+def node_name(signals: Signals) -> str:
+    """Return the node's name: the configured one, else the host name."""
+    return signals.node or socket.gethostname()
+
+
+def state_directory(signals: Signals) -> Path:
+    """Return the state directory: the configured one, else `state` beside the evidence."""
+    return Path(signals.state_directory or PurePosixPath(signals.output_directory).parent / "state")
+
+
+def bus_url(signals: Signals) -> str:
+    """Return the URL of the bus: the configured server, else the node's own on loopback."""
+    return signals.bus.url or f"nats://127.0.0.1:{signals.bus.port}"
+
+
+def bus_users_file(signals: Signals) -> Path:
+    """Return the path of the file that holds the services' bus users."""
+    return Path(signals.bus.credentials_file or state_directory(signals) / "bus.json")
+
+
+def bus_user(signals: Signals, service: str) -> tuple[str, str]:
+    """Return (user, password) of `service` on the bus; ("", "") when there is no users file or no such user.
+
+    Raises `ConfigError` when the file is there and cannot be used.
+    """
+    path = bus_users_file(signals)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return "", ""
+    except OSError as e:
+        raise ConfigError(f"bus users {path}: {e.strerror}") from None
+    try:
+        users = msgspec.json.decode(data, type=BusUsers).users
+    except msgspec.MsgspecError as e:
+        raise ConfigError(f"bus users {path}: {e}") from None
+    user = users.get(service)
+    return (user.user, user.password) if user else ("", "")
+
+
+def digest(signals: Signals) -> str:
+    """Return `sha256:<hex>` of the effective configuration: RFC 8785 JSON of every key, defaults included."""
+    return "sha256:" + hashlib.sha256(rfc8785.dumps(msgspec.to_builtins(signals))).hexdigest()
+
+
+def declared() -> list[config_layers.Field]:
+    """Return every key of the configuration as declared: dotted name, type, Meta, default."""
+    return config_layers.fields(Signals, "signals")
+
+
+def env_name(key: str) -> str:
+    """Return the environment variable of a dotted key."""
+    return ENV_PREFIX + key.removeprefix("signals.").replace(".", "__").upper()
+
+
+def _misspelt_variable(name: str) -> str:
+    """Say that a variable would have no effect, and which one was probably meant."""
+    near = get_close_matches(name, [env_name(field.key) for field in declared()], 1)
+    meant = f"did you mean {near[0]}?" if near else f"variables begin with {ENV_PREFIX}"
+    return f"unknown environment variable {name}; {meant}"
+
+
+def _read(path: Path) -> bytes:
+    """Return the file's bytes; refuse what is absent, no regular file, or larger than `FILE_MAX_BYTES`."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"configuration {path} is not a regular file")
+            data = file.read(FILE_MAX_BYTES + 1)
+    except OSError as e:
+        raise ConfigError(
+            f"configuration {path}: {e.strerror}", hint="name an existing file with --config"
+        ) from None
+    if len(data) > FILE_MAX_BYTES:
+        raise ConfigError(f"configuration {path} is larger than {FILE_MAX_BYTES} bytes")
+    return data
+
+
+def _cross_faults(signals: Signals) -> list[str]:
+    """Check what concerns two keys at once."""
+    state, evidence = PurePosixPath(state_directory(signals)), PurePosixPath(signals.output_directory)
+    if state == evidence or evidence in state.parents or state in evidence.parents:
+        return [
+            f"signals.state_directory ({state}) and signals.output_directory ({evidence}) lie in each other; "
+            "clearing the evidence must not clear the keys"
+        ]
+    return []

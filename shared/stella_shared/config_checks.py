@@ -1,0 +1,148 @@
+"""What the values of single configuration keys must be, beyond type and range.
+
+Each check takes the value of its key and returns the faults in words that follow the key's name, [] when
+good.  `CHECKS` says which check belongs to which key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+from pathlib import PurePosixPath
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from stella_shared import patterns
+from stella_shared.config_layers import shown
+
+_CONTAINER = re.compile(r"(?:[a-z-]+://)?[0-9a-f]{12,64}")
+_NAMESPACE = re.compile(r"(?:pid|mnt|net):\[[0-9]{1,10}\]")
+
+
+def _page_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+def _ring_faults(size: int) -> list[str]:
+    """Check the kernel's rule for BPF_MAP_TYPE_RINGBUF: a power of two and a multiple of the page size."""
+    page = _page_bytes()
+    if size & (size - 1) == 0 and size % page == 0:
+        return []
+    below = 1 << (size.bit_length() - 1)
+    near = [n for n in (below, below * 2) if page <= n <= 1 << 30] or [page]
+    return [
+        f"is {size}; allowed: a power of two and a multiple of the page size ({page}); "
+        f"nearest: {' or '.join(map(str, near))}"
+    ]
+
+
+def _folder_faults(text: str) -> list[str]:
+    """Check a path that we write below."""
+    path = PurePosixPath(text)
+    if not path.is_absolute() or "\0" in text or ".." in path.parts:
+        return [f"is {shown(text)}; allowed: an absolute path without .."]
+    return ["is /; allowed: a folder of its own"] if path == PurePosixPath("/") else []
+
+
+def _optional_folder_faults(text: str) -> list[str]:
+    return _folder_faults(text) if text else []
+
+
+def _optional_file_faults(text: str) -> list[str]:
+    ok = not text or (text.startswith("/") and "\0" not in text and not text.endswith("/"))
+    return [] if ok else [f"is {shown(text)}; allowed: an absolute path of a file, or empty"]
+
+
+def _files_faults(items: list[str]) -> list[str]:
+    return [f"has {shown(t)}; allowed: absolute paths of files" for t in items if _optional_file_faults(t)]
+
+
+def _patterns_faults(items: list[str]) -> list[str]:
+    found: list[str] = []
+    for item in items:
+        try:
+            patterns.split(item)
+        except ValueError as e:
+            found.append(f"has {shown(item)}: {e}")
+    return found
+
+
+def _networks_faults(items: list[str]) -> list[str]:
+    return [f"has {shown(item)}{fault}" for item in items if (fault := _network_fault(item))]
+
+
+def _network_fault(item: str) -> str:
+    for strict in (True, False):
+        try:
+            network = ip_network(item, strict)
+        except ValueError:
+            continue
+        return "" if strict else f": bits are set beyond the prefix; did you mean {network}?"
+    return "; allowed: CIDR such as 10.0.0.0/8 or fd00::/8, or a single address"
+
+
+def _containers_faults(items: list[str]) -> list[str]:
+    allowed = "container ids of 12 to 64 hex digits, as `docker ps --no-trunc` shows them"
+    return [f"has {shown(t)}; allowed: {allowed}" for t in items if not _CONTAINER.fullmatch(t)]
+
+
+def _namespaces_faults(items: list[str]) -> list[str]:
+    allowed = "pid:[4026531836], mnt:[…] or net:[…], as `readlink /proc/PID/ns/pid` shows it"
+    return [f"has {shown(t)}; allowed: {allowed}" for t in items if not _NAMESPACE.fullmatch(t)]
+
+
+def _cgroups_faults(items: list[str]) -> list[str]:
+    return [
+        f"has {shown(t)}; allowed: paths under /sys/fs/cgroup that begin with / and have no .."
+        for t in items
+        if not t.startswith("/") or "\0" in t or ".." in t.split("/")
+    ]
+
+
+def _address_faults(text: str) -> list[str]:
+    try:
+        ip_address("127.0.0.1" if text == "localhost" else text)
+    except ValueError:
+        return [f"is {shown(text)}; allowed: an IP address or localhost"]
+    return []
+
+
+def _node_faults(text: str) -> list[str]:
+    return [] if text.isprintable() else [f"is {shown(text)}; allowed: printable text"]
+
+
+def _url_faults(text: str) -> list[str]:
+    for url in text.split(",") if text else []:
+        try:
+            parts = urlsplit(url.strip())
+            ok = parts.scheme in ("nats", "tls") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            ok = False
+        if not ok:
+            return [f"is {shown(text)}; allowed: nats://host:port or tls://host:port"]
+        if parts.username is not None or parts.password is not None:
+            return ["carries a user or password; put them into signals.bus.credentials_file"]
+    return []
+
+
+CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
+    "signals.output_directory": _folder_faults,
+    "signals.state_directory": _optional_folder_faults,
+    "signals.ring_buffer_size": _ring_faults,
+    "signals.node": _node_faults,
+    "signals.probes.openssl_libraries": _files_faults,
+    "signals.filters.target_containers": _containers_faults,
+    "signals.filters.target_namespaces": _namespaces_faults,
+    "signals.filters.target_cgroups": _cgroups_faults,
+    "signals.filters.paths.allowlist": _patterns_faults,
+    "signals.filters.paths.denylist": _patterns_faults,
+    "signals.filters.networks.allowlist": _networks_faults,
+    "signals.filters.networks.denylist": _networks_faults,
+    "signals.metrics.address": _address_faults,
+    "signals.metrics.token_file": _optional_file_faults,
+    "signals.bus.url": _url_faults,
+    "signals.bus.credentials_file": _optional_file_faults,
+    "signals.runtimes.docker_socket": _optional_file_faults,
+}

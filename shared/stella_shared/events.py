@@ -1,0 +1,441 @@
+"""Events: the kernel's records, and the evidence lines they become.
+
+`pid` here is the kernel's tgid, the number users call pid; `tid` is the thread.  Bytes that are no UTF-8
+(names may hold any byte but zero) are written as `\\xNN` escapes, so a line is always text.
+
+One evidence line is one JSON object with sorted keys and no spaces (RFC 8785), ended by a newline.
+Integers keep all their digits, beyond 2^53 too: see docs/decisions/0001-exact-integers.md.  Unknown is never
+silent: a field that is missing where one would look for it has a `…_reason` beside it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from stella_shared.errors import BrokenPromise
+
+EVENT_TYPES: Final = ("file_open", "process_exec", "tcp_state", "net_connect", "ssl_op", "function_call")
+
+# ---- records: bpf/include/stella_record.h, decoded -------------------------------------------------------
+
+#: ts_ns seq cgroup_id tgid tid uid lane type call size comm.  `size` is the record's stride in a batch.
+RECORD_HEADER: Final = struct.Struct("<QQQIIIIHHI16s")
+FILE_OPEN_BODY: Final = struct.Struct("<qQQIiHBBI")
+PROCESS_EXEC_BODY: Final = struct.Struct("<QIIHHHBB")
+TCP_STATE_BODY: Final = struct.Struct("<HHHBB16s16sII")
+NET_CONNECT_BODY: Final = struct.Struct("<qiHHHHBBBB16s16s")
+SSL_OP_BODY: Final = struct.Struct("<qQII")
+STACK_FRAME: Final = struct.Struct("<i20sQ")
+#: Frames stand behind a path buffer of this fixed size.
+NET_PATH_BYTES: Final = 112
+
+FILE_OPEN, PROCESS_EXEC, TCP_STATE, NET_CONNECT, SSL_OP = 1, 2, 3, 4, 5
+TYPE_NAMES: Final = {
+    FILE_OPEN: "file_open",
+    PROCESS_EXEC: "process_exec",
+    TCP_STATE: "tcp_state",
+    NET_CONNECT: "net_connect",
+    SSL_OP: "ssl_op",
+}
+#: enum stella_call → `src` of the evidence line.
+CALL_SOURCES: Final = (
+    "sys_enter_open",
+    "sys_enter_openat",
+    "sys_enter_openat2",
+    "sched_process_exec",
+    "inet_sock_set_state",
+    "sys_enter_connect",
+    "sys_enter_accept",
+    "sys_enter_accept4",
+    "uprobe:connect",
+    "uprobe:accept",
+    "uprobe:accept4",
+    "uprobe:SSL_read",
+    "uprobe:SSL_write",
+    "uprobe:SSL_read_ex",
+    "uprobe:SSL_write_ex",
+)
+_STATUS_OK, _STATUS_TRUNCATED, _STATUS_FAULT, _STATUS_ABSENT = 0, 1, 2, 3
+_FAULT_REASON: Final = "the address could not be read"
+_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+_FAMILIES: Final = {_AF_UNIX: "unix", _AF_INET: "ipv4", _AF_INET6: "ipv6"}
+_TCP_STATES: Final = (
+    "NONE",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "CLOSING",
+    "NEW_SYN_RECV",
+    "BOUND_INACTIVE",
+)
+_ATTRIBUTIONS: Final = ("none", "current", "socket_owner")
+
+# ---- evidence lines ---------------------------------------------------------------------------------------
+
+Nat = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class _Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_field="type"):
+    """What happened.  `type` says which of the kinds below."""
+
+
+class FileOpen(_Event, tag="file_open"):
+    """A file was opened, or the attempt was refused: `result` says which."""
+
+    access: Annotated[
+        Literal["read", "write", "read_write", "path"],
+        Meta(description="Access mode out of `flags`; `path` for O_PATH, which opens no content."),
+    ]
+    flags: Annotated[int, Meta(ge=0, description="open(2) flags.")]
+    mode: Annotated[int, Meta(ge=0, description="Creation mode as passed, before the umask.")]
+    path_source: Annotated[
+        Literal["user_pointer_at_exit"],
+        Meta(
+            description="How the path was obtained: the caller's string, read after the kernel had used it. "
+            "A process can change its own string in between."
+        ),
+    ]
+    result: Annotated[int, Meta(description="File descriptor, or -errno when the open was refused.")]
+    dfd: Annotated[int, Meta(description="Directory descriptor a relative path starts from; -100 is the cwd.")] | None = (
+        None
+    )
+    path: Annotated[str, Meta(description="The path as the caller wrote it.")] | None = None
+    path_reason: Annotated[str, Meta(description="Why there is no path.")] | None = None
+    resolve: Annotated[int, Meta(ge=0, description="openat2(2) resolve flags, when any.")] | None = None
+
+
+class ProcessExec(_Event, tag="process_exec"):
+    """A process began to run a program."""
+
+    argv: Annotated[list[str], Meta(description="Arguments, the first 2,048 bytes of them.")]
+    argv_bytes: Annotated[int, Meta(ge=0, description="Bytes of arguments the process was given.")]
+    filename: Annotated[str, Meta(description="The program as it was asked for; the script when it is one.")]
+    ppid: Nat
+    start_ns: Annotated[int, Meta(ge=0, description="Start of the process, ns since boot: with pid, its identity.")]
+    argv_reason: Annotated[str, Meta(description="Why argv is not complete.")] | None = None
+    argv_truncated: Annotated[bool, Meta(description="Whether argv was cut.")] = False
+    filename_truncated: bool = False
+    interpreter: Annotated[str, Meta(description="What runs it, when `filename` is a script.")] | None = None
+
+
+class TcpState(_Event, tag="tcp_state"):
+    """A TCP socket changed its state."""
+
+    attribution: Annotated[
+        Literal["none", "current", "socket_owner"],
+        Meta(
+            description="`current`: the named process made this change. `socket_owner`: the change came from the "
+            "network; named is who connected, accepted or listened on this socket. `none`: not known, so no "
+            "process is named, and `cgroup_id` is that of the socket."
+        ),
+    ]
+    destination_address: str
+    destination_port: Port
+    family: Literal["ipv4", "ipv6", "other"]
+    new_state: str
+    old_state: str
+    source_address: str
+    source_port: Port
+
+
+class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One frame of the caller's user stack, innermost first."""
+
+    build_id: Annotated[str, Meta(description="GNU build-id of the file, hex.")] | None = None
+    offset: Annotated[int, Meta(ge=0, description="Offset in that file.")] | None = None
+    symbol: Annotated[str, Meta(description="`addr:0x…` where the frame belongs to no known file.")] | None = None
+
+
+class NetConnect(_Event, tag="net_connect"):
+    """A process called connect(2), or took a connection with accept(2): `result` says how it ended."""
+
+    address_source: Annotated[
+        Literal["user_pointer_at_exit", "kernel_socket"],
+        Meta(description="Where the peer's address was read: the caller's memory, or the kernel's socket."),
+    ]
+    direction: Literal["connect", "accept"]
+    family: Annotated[str, Meta(description="ipv4, ipv6, unix, or af_<number>.")]
+    fd: Annotated[int, Meta(description="The descriptor that was passed.")]
+    result: Annotated[int, Meta(description="0 or the new descriptor, or -errno (-115: in progress).")]
+    abstract: Annotated[bool, Meta(description="The UNIX name lives in the abstract namespace, no file.")] = False
+    address: Annotated[str, Meta(description="Peer address; the socket's name for UNIX.")] | None = None
+    address_reason: Annotated[str, Meta(description="Why there is no address.")] | None = None
+    local_address: str | None = None
+    local_port: Port | None = None
+    port: Port | None = None
+    stack: list[StackFrame] | None = None
+
+
+class SslOp(_Event, tag="ssl_op"):
+    """A TLS library moved plaintext.  How much, never what."""
+
+    bytes: Annotated[int, Meta(ge=0, description="Plaintext bytes moved; 0 when the call failed.")]
+    direction: Literal["read", "write"]
+    library: Annotated[str, Meta(description="Path of the TLS library.")]
+    result: Annotated[int, Meta(description="The library call's return value.")]
+
+
+Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp
+
+
+class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One evidence line: what happened, who did it, where, and under which number."""
+
+    boot_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$", description="The kernel's boot id.")]
+    cgroup_id: Annotated[int, Meta(ge=0, description="cgroup v2 id.")]
+    event: Event
+    lane: Annotated[int, Meta(ge=0, description="Which counter numbered it: cpu * 4 + kind of program.")]
+    node: str
+    run: Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="One life of the loaded probes.")]
+    seq: Annotated[int, Meta(ge=0, description="Number in its lane and run.")]
+    src: Annotated[str, Meta(description="The probe.")]
+    ts_ns: Annotated[int, Meta(ge=0, description="CLOCK_BOOTTIME: ns since boot.")]
+    comm: Annotated[str, Meta(max_length=64, description="Thread name.")] | None = None
+    container_id: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^((docker|containerd|cri-o|podman)://[0-9a-f]{64}|unknown:[0-9]+)$",
+                description="Absent for a process of the host.",
+            ),
+        ]
+        | None
+    ) = None
+    container_reason: Annotated[str, Meta(description="Why the container is unknown.")] | None = None
+    image_digest: Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")] | None = None
+    image_digest_kind: Annotated[Literal["config", "manifest"], Meta(description="Which digest it is.")] | None = None
+    image_reason: Annotated[str, Meta(description="Why the container's image is unknown.")] | None = None
+    pid: Annotated[int, Meta(ge=1)] | None = None
+    tid: Annotated[int, Meta(ge=1)] | None = None
+    uid: Nat | None = None
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of an evidence line, made from the types above."""
+    schema = msgspec.json.schema(EvidenceLine)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Stella Signals evidence line",
+        **schema,
+    }
+
+
+_line_encoder = msgspec.json.Encoder(order="sorted")
+_line_decoder = msgspec.json.Decoder(EvidenceLine)
+
+
+def encode_line(line: EvidenceLine) -> bytes:
+    """Return the canonical bytes of a line, newline included."""
+    return _line_encoder.encode(line) + b"\n"
+
+
+def decode_line(data: bytes | str) -> EvidenceLine:
+    """Parse one line.  Raises `BrokenPromise` naming what is wrong with it."""
+    try:
+        return _line_decoder.decode(data)
+    except msgspec.MsgspecError as e:
+        raise BrokenPromise(f"evidence line: {e}") from None
+
+
+# ---- from record to event ----------------------------------------------------------------------------------
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One kernel record, its header decoded.  `body` is what follows the header, padding included."""
+
+    ts_ns: int
+    seq: int
+    cgroup_id: int
+    tgid: int
+    tid: int
+    uid: int
+    lane: int
+    type: int
+    call: int
+    comm: bytes
+    body: bytes
+
+
+def records(data: bytes) -> Iterator[Record]:
+    """Yield the records of a batch.  Raises `BrokenPromise` at the first that cannot be one."""
+    at, end = 0, len(data)
+    while at < end:
+        if end - at < RECORD_HEADER.size:
+            raise BrokenPromise(f"{end - at} bytes left over at {at} of {end}")
+        ts, seq, cgroup, tgid, tid, uid, lane, kind, call, size, comm = RECORD_HEADER.unpack_from(data, at)
+        if size < RECORD_HEADER.size or size % 8 or at + size > end:
+            raise BrokenPromise(f"a record at {at} of {end} claims {size} bytes")
+        yield Record(
+            ts, seq, cgroup, tgid, tid, uid, lane, kind, call, comm.split(b"\0", 1)[0],
+            data[at + RECORD_HEADER.size : at + size],
+        )  # fmt: skip
+        at += size
+
+
+def text(raw: bytes) -> str:
+    """Return bytes as text; what is no UTF-8 becomes `\\xNN`."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _cut(body: bytes, start: int, length: int) -> bytes:
+    piece = body[start : start + length]
+    if len(piece) != length:
+        raise BrokenPromise(f"a record's text runs {length - len(piece)} bytes over its end")
+    return piece
+
+
+def _file_open(body: bytes) -> FileOpen:
+    result, flags, resolve, mode, dfd, length, status, _, _ = FILE_OPEN_BODY.unpack_from(body)
+    access: Literal["read", "write", "read_write", "path"]
+    if flags & 0o10000000:
+        access = "path"
+    else:
+        access = ("read", "write", "read_write", "read_write")[flags & 3]  # type: ignore[assignment]
+    path = None if status == _STATUS_FAULT else text(_cut(body, FILE_OPEN_BODY.size, length))
+    return FileOpen(
+        access=access,
+        flags=flags,
+        mode=mode,
+        path_source="user_pointer_at_exit",
+        result=result,
+        dfd=dfd if path is not None and not path.startswith("/") else None,
+        path=path,
+        path_reason=_FAULT_REASON if path is None else None,
+        resolve=resolve or None,
+    )
+
+
+def _process_exec(body: bytes) -> ProcessExec:
+    start_ns, ppid, total, name, interpreter, argv, name_status, argv_status = PROCESS_EXEC_BODY.unpack_from(body)
+    at = PROCESS_EXEC_BODY.size
+    filename = text(_cut(body, at, name))
+    interpreter_text = text(_cut(body, at + name, interpreter))
+    raw = _cut(body, at + name + interpreter, argv)
+    words = raw[:-1].split(b"\0") if raw.endswith(b"\0") else raw.split(b"\0") if raw else []
+    return ProcessExec(
+        argv=[text(word) for word in words],
+        argv_bytes=total,
+        filename=filename,
+        ppid=ppid,
+        start_ns=start_ns,
+        argv_reason=_FAULT_REASON if argv_status == _STATUS_FAULT else None,
+        argv_truncated=argv_status == _STATUS_TRUNCATED,
+        filename_truncated=name_status == _STATUS_TRUNCATED,
+        interpreter=interpreter_text or None,
+    )
+
+
+def address_text(family: int, raw: bytes) -> str:
+    """Return the text of an address as it stands in a record."""
+    if family == _AF_INET:
+        return str(ipaddress.IPv4Address(raw[:4]))
+    return str(ipaddress.IPv6Address(raw))
+
+
+def _state(number: int) -> str:
+    return _TCP_STATES[number] if number < len(_TCP_STATES) else f"STATE_{number}"
+
+
+def _tcp_state(body: bytes) -> TcpState:
+    family, sport, dport, old, new, source, destination, attribution, _ = TCP_STATE_BODY.unpack_from(body)
+    name: Literal["ipv4", "ipv6", "other"] = {_AF_INET: "ipv4", _AF_INET6: "ipv6"}.get(family, "other")  # type: ignore[assignment]
+    return TcpState(
+        attribution=_ATTRIBUTIONS[attribution if attribution < len(_ATTRIBUTIONS) else 0],  # type: ignore[arg-type]
+        destination_address=address_text(family, destination),
+        destination_port=dport,
+        family=name,
+        new_state=_state(new),
+        old_state=_state(old),
+        source_address=address_text(family, source),
+        source_port=sport,
+    )
+
+
+def _frame(status: int, build_id: bytes, offset: int) -> StackFrame:
+    if status == 1:
+        return StackFrame(build_id=build_id.hex(), offset=offset)
+    return StackFrame(symbol=f"addr:0x{offset:x}")
+
+
+def _net_connect(body: bytes, call: int) -> NetConnect:
+    (result, fd, family, port, local_port, length, status, abstract, frames, _, address, local) = (
+        NET_CONNECT_BODY.unpack_from(body)
+    )
+    accept = call in (6, 7, 9, 10)
+    at = NET_CONNECT_BODY.size
+    stack = None
+    if call >= 8:
+        first = at + NET_PATH_BYTES
+        raw = _cut(body, first, frames * STACK_FRAME.size)
+        stack = [_frame(*frame) for frame in STACK_FRAME.iter_unpack(raw) if frame[0]]
+    ip = family in (_AF_INET, _AF_INET6)
+    peer: str | None = None
+    reason = None
+    if status == _STATUS_FAULT:
+        reason = _FAULT_REASON
+    elif status == _STATUS_ABSENT:
+        reason = "the peer has no name" if result >= 0 or not accept else "no connection was taken"
+    elif ip:
+        peer = address_text(family, address)
+    elif family == _AF_UNIX:
+        name = _cut(body, at, length)
+        peer = "@" + text(name[1:]) if abstract else text(name.split(b"\0", 1)[0])
+    else:
+        reason = "an address of this family is not decoded"
+    return NetConnect(
+        address_source="kernel_socket" if accept else "user_pointer_at_exit",
+        direction="accept" if accept else "connect",
+        family=_FAMILIES.get(family, f"af_{family}"),
+        fd=fd,
+        result=result,
+        abstract=bool(abstract),
+        address=peer,
+        address_reason=reason,
+        local_address=address_text(family, local) if ip else None,
+        local_port=local_port if ip else None,
+        port=port if ip and peer is not None else None,
+        stack=stack,
+    )
+
+
+def _ssl_op(body: bytes, call: int, libraries: list[str]) -> SslOp:
+    result, count, library, _ = SSL_OP_BODY.unpack_from(body)
+    return SslOp(
+        bytes=count,
+        direction="read" if call in (11, 13) else "write",
+        library=libraries[library] if library < len(libraries) else f"library:{library}",
+        result=result,
+    )
+
+
+def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Event:
+    """Decode a record's body.  Raises `BrokenPromise` when it cannot be one."""
+    try:
+        match kind:
+            case 1:
+                return _file_open(body)
+            case 2:
+                return _process_exec(body)
+            case 3:
+                return _tcp_state(body)
+            case 4:
+                return _net_connect(body, call)
+            case 5:
+                return _ssl_op(body, call, libraries)
+    except (struct.error, ValueError, IndexError) as e:
+        raise BrokenPromise(f"a record of type {kind}: {e}") from None
+    raise BrokenPromise(f"a record of unknown type {kind}")

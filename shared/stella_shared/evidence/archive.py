@@ -1,0 +1,122 @@
+"""Archives of evidence directories, treated as hostile.
+
+Only regular files that lie beside `chain.json`, or in `keys/` beside it, are taken out, into a private
+temporary directory, under names that we choose to know.  Nothing else of an archive ever reaches the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import lzma
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import msgspec
+
+from stella_shared.errors import BadAnswer, NotPermitted
+from stella_shared.evidence import names
+
+MAX_MEMBER_BYTES: Final = 8 << 30
+MAX_TOTAL_BYTES: Final = 64 << 30
+MAX_MEMBERS: Final = 1_000_000
+_MAX_HEADER_BYTES: Final = 64 << 10
+_BLOCK_BYTES: Final = 1 << 20
+_LONG_HEADERS: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG_NAMES: Final = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
+
+
+class Unpacked(msgspec.Struct, frozen=True):
+    """An archive's evidence directory on disk; `strange` names what lay in it and was left out."""
+
+    directory: Path
+    strange: list[str]
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended headers are bounded: tarfile reads those into memory whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in (*_LONG_HEADERS, *_LONG_NAMES) and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Unpacked]:
+    """Unpack the evidence in `path` into a private directory for the length of the block.
+
+    Raises `BadAnswer` for a damaged archive, for links and names that lead elsewhere, for doubled names, and
+    beyond the size limits.
+    """
+    with tempfile.TemporaryDirectory(prefix="stella-verify-") as private:
+        target = Path(private)
+        try:
+            strange = _unpack(path, target)
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError) as e:
+            raise BadAnswer(f"{path} is a damaged archive: {e}", hint="copy it again from where it was made") from None
+        except PermissionError as e:
+            raise NotPermitted(f"{path}: {e.strerror}") from None
+        yield Unpacked(target, strange)
+
+
+def _checked(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Return all members, after refusing what no archive of evidence needs."""
+    members: list[tarfile.TarInfo] = []
+    seen: set[PurePosixPath] = set()
+    total = 0
+    for member in tar:
+        name = PurePosixPath(member.name)
+        if ".." in name.parts:
+            raise BadAnswer(f"{path}: member {member.name!r} leads out of the archive")
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise BadAnswer(f"{path}: member {member.name!r} is no regular file")
+        if name in seen:
+            raise BadAnswer(f"{path}: member {member.name!r} is there twice")
+        seen.add(name)
+        members.append(member)
+        total += member.size
+        if member.size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES or len(members) > MAX_MEMBERS:
+            raise BadAnswer(f"{path}: more than {MAX_TOTAL_BYTES} bytes, or a member over {MAX_MEMBER_BYTES}")
+    return members
+
+
+def _unpack(path: Path, target: Path) -> list[str]:
+    with path.open("rb") as file:
+        mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
+    (target / names.KEYS).mkdir(mode=0o700)
+    strange: list[str] = []
+    with tarfile.open(path, mode, tarinfo=_Member) as tar:  # type: ignore[call-overload]
+        members = _checked(path, tar)
+        roots = [PurePosixPath(m.name).parent for m in members if PurePosixPath(m.name).name == names.CHAIN]
+        if len(roots) > 1:
+            raise BadAnswer(f"{path} holds {len(roots)} chains", hint="verify one evidence directory at a time")
+        chunks = [PurePosixPath(m.name) for m in members if names.parse_chunk_file(PurePosixPath(m.name).name)]
+        if not roots and not chunks:
+            raise BadAnswer(f"{path} holds no evidence")
+        root = roots[0] if roots else chunks[0].parent
+        for member in members:
+            name = PurePosixPath(member.name)
+            if name.parent == root and (name.name == names.CHAIN or names.parse_chunk_file(name.name)):
+                _copy(tar, member, target / name.name)
+            elif name.parent == root / names.KEYS and names.parse_key_file(name.name):
+                _copy(tar, member, target / names.KEYS / name.name)
+            elif root in name.parents:
+                strange.append(str(name.relative_to(root)))
+    return strange
+
+
+def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    source = tar.extractfile(member)
+    if source is None:
+        raise tarfile.ReadError(f"member {member.name!r} cannot be read")
+    with source, target.open("xb") as out:
+        while block := source.read(_BLOCK_BYTES):
+            out.write(block)

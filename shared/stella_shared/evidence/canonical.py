@@ -1,0 +1,68 @@
+"""RFC 8785 bytes, and the strict way back.
+
+Everything that is signed or hashed as JSON goes through here, so that one value has exactly one text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+import rfc8785
+
+from stella_shared.errors import BrokenPromise
+
+#: Integers above this are not exact in every JSON reader (RFC 8785 section 3.2.2.3): they travel as text.
+MAX_SAFE_INTEGER = 2**53 - 1
+
+T = TypeVar("T")
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_SAFE_INTEGER:
+        return str(value)
+    return value
+
+
+def dumps(value: Any) -> bytes:
+    """Return the RFC 8785 bytes of JSON values or msgspec Structs.
+
+    Integers beyond 2^53-1 become decimal text.  Raises `BrokenPromise` for what JSON cannot hold.
+    """
+    try:
+        return rfc8785.dumps(_exact(msgspec.to_builtins(value, str_keys=True)))
+    except (rfc8785.CanonicalizationError, TypeError, UnicodeError) as e:
+        raise BrokenPromise(f"no canonical JSON: {e}") from None
+
+
+def loads(data: bytes, kind: type[T]) -> T:
+    """Return `data` as `kind`.
+
+    Raises `ValueError` whose text starts with `not canonical` when the bytes are not RFC 8785, and
+    otherwise says what does not fit.  Duplicate keys, odd spacing and odd escapes are all not canonical.
+    """
+    try:
+        plain = msgspec.json.decode(data)
+        value = msgspec.convert(plain, kind, str_keys=True)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
+        raise ValueError(str(e)) from None
+    try:
+        same = rfc8785.dumps(plain) == data
+    except (rfc8785.CanonicalizationError, RecursionError, UnicodeError):
+        same = False
+    if not same:
+        raise ValueError("not canonical: these are not the RFC 8785 bytes of the value")
+    return value
+
+
+def line_is_canonical(line: bytes, decoded: Any) -> bool:
+    """Return whether `line` is the canonical text of `decoded` (already parsed from it).
+
+    Evidence lines hold no floats and only ASCII keys, so msgspec's sorted encoder gives RFC 8785 bytes; it
+    is thirty times faster than a general one.
+    """
+    return msgspec.json.encode(decoded, order="sorted") == line

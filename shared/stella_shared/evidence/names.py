@@ -1,0 +1,46 @@
+"""The names of the files in an evidence directory, both ways."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+CHAIN = "chain.json"
+KEYS = "keys"
+DATA = "ndjson"
+LEDGER = "ledger.json"
+ENVELOPE = "dsse.json"
+OPEN_DATA = "open.ndjson"
+OPEN_JOURNAL = "open.journal"
+KINDS = (DATA, LEDGER, ENVELOPE, OPEN_DATA, OPEN_JOURNAL)
+FIRST_INDEX = 1
+
+_CHUNK = re.compile(r"([0-9]{6,12})\.(ndjson|ledger\.json|dsse\.json|open\.ndjson|open\.journal)")
+_KEY = re.compile(r"([0-9a-f]{64})\.pem")
+
+
+class ChunkFile(msgspec.Struct, frozen=True):
+    """A file of a chunk: which chunk, which of `KINDS`."""
+
+    index: int
+    kind: str
+
+
+def chunk_file(index: int, kind: str) -> str:
+    """Return the file name of chunk `index` of one of `KINDS`: six digits at least."""
+    return f"{index:06d}.{kind}"
+
+
+def parse_chunk_file(name: str) -> ChunkFile | None:
+    """Return what `name` is, or None when no chunk has a file of that name."""
+    match = _CHUNK.fullmatch(name)
+    if match is None or int(match[1]) < FIRST_INDEX or chunk_file(int(match[1]), match[2]) != name:
+        return None
+    return ChunkFile(int(match[1]), match[2])
+
+
+def parse_key_file(name: str) -> str | None:
+    """Return the key id that `name` (in `keys/`) stands for, or None."""
+    match = _KEY.fullmatch(name)
+    return match[1] if match else None

@@ -1,0 +1,158 @@
+"""What `verify-chain` answers: for programs as a Struct (stable JSON), for people as text."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from stella_shared.evidence.records import Accounting, Predecessor
+
+#: Every fault code, and what it means.
+FAULT_CODES: Final = {
+    "missing": "a file, or a whole chunk, is not there",
+    "edited": "bytes differ from what the signed statement says",
+    "reordered": "a chunk's statement says that it belongs at another place of this chain",
+    "inserted": "something is there that no signer of this chain put there",
+    "truncated": "the chain ends before the newest statement that is known",
+    "forked": "two histories: a link or the head names another statement than the one that is here",
+    "spliced": "a statement or a line comes from another chain or another node",
+    "unknown_key": "signed with a key that is not trusted",
+    "bad_signature": "the signature does not fit statement and key",
+    "bundle_mismatch": "statement and chunk do not describe the same thing",
+    "identity_broken": "produced = recorded + filtered + lost does not hold, or lanes do not continue",
+    "malformed": "not of the form that the format demands",
+    "not_canonical": "the right value in another text than the canonical one",
+    "unsigned": "nothing here is signed",
+}
+
+VALID_PENDING: Final = "VALID_PENDING"
+INVALID: Final = "INVALID"
+UNTRUSTED_KEY: Final = "UNTRUSTED_KEY"
+UNSIGNED: Final = "UNSIGNED"
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """One way in which the evidence is not what it claims.  `chunk` is None when it concerns the whole."""
+
+    code: str
+    chunk: int | None
+    message: str
+    hint: str = ""
+
+
+class Warning(msgspec.Struct, frozen=True):
+    """Something to know that is no fault."""
+
+    code: str
+    chunk: int | None
+    message: str
+
+
+class ChunkReport(msgspec.Struct, frozen=True):
+    """One chunk.  `status`: VALID_PENDING (signed, in no log), INVALID, UNTRUSTED_KEY or UNSIGNED."""
+
+    index: int
+    status: str
+    lines: int = 0
+    bytes: int = 0
+    start: str = ""
+    end: str = ""
+    close_reason: str = ""
+    key_id: str = ""
+    chunk_sha256: str = ""
+    statement_sha256: str = ""
+    accounting: Accounting | None = None
+
+
+class OpenChunk(msgspec.Struct, frozen=True):
+    """The chunk still being written: nothing is promised about it yet."""
+
+    index: int
+    bytes: int
+
+
+class HeadCheck(msgspec.Struct, frozen=True):
+    """What the end of the chain was compared with; `source` is empty when there was nothing."""
+
+    source: str = ""
+    index: int = 0
+    statement_sha256: str = ""
+
+
+class ChainReport(msgspec.Struct, frozen=True):
+    """The answer about a chain.  `valid` is true when there is no fault at all."""
+
+    format: int
+    valid: bool
+    path: str
+    chain_id: str
+    node: str
+    created: str
+    predecessor: Predecessor | None
+    totals: Accounting
+    lost_by_cause: dict[str, int]
+    filtered_by_cause: dict[str, int]
+    lines: int
+    bytes: int
+    chunks: list[ChunkReport]
+    open: OpenChunk | None
+    head: HeadCheck
+    trusted_keys: list[str]
+    faults: list[Fault]
+    warnings: list[Warning]
+
+
+def encode_report(report: ChainReport) -> bytes:
+    """Return the report as indented JSON with the fields in their declared order, newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
+_FAULTS_SHOWN = 10
+
+
+def _place(chunk: int | None) -> str:
+    return f"chunk {chunk}" if chunk is not None else "chain"
+
+
+def render_text(report: ChainReport, verbose: bool = False) -> str:
+    """Return the report for people.  The first line is exactly `Chain Status: ✓ VALID` or `… ✗ INVALID`."""
+    out = [f"Chain Status: {'✓ VALID' if report.valid else '✗ INVALID'}"]
+    if report.faults:
+        first = report.faults[0]
+        out.append(
+            f"  Error: Chain broken at chunk {first.chunk}" if first.chunk is not None else f"  Error: {first.message}"
+        )
+        if first.chunk is not None:
+            out.append(f"  Reason: {first.message} ({first.code})")
+        if first.hint:
+            out.append(f"  Hint: {first.hint}")
+    signed = sum(chunk.status == VALID_PENDING for chunk in report.chunks)
+    sums = report.totals
+    if report.chain_id:
+        out.append(f"  Chain: {report.chain_id} of node {report.node}, since {report.created}")
+    out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
+    out.append(
+        f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered + {sums.lost} lost"
+    )
+    out += [f"    lost {cause}: {n}" for cause, n in sorted(report.lost_by_cause.items()) if n]
+    if report.open:
+        out.append(f"  Open: chunk {report.open.index}, {report.open.bytes} bytes, not signed yet")
+    if report.head.source:
+        out.append(f"  Head: the end was compared with {report.head.source} (chunk {report.head.index})")
+    shown = report.faults if verbose else report.faults[:_FAULTS_SHOWN]
+    if len(report.faults) > 1:
+        out.append("  Faults:")
+        out += [f"    {_place(f.chunk)}: {f.code}: {f.message}" for f in shown]
+        if len(shown) < len(report.faults):
+            out.append(f"    … {len(report.faults) - len(shown)} more (--verbose shows all)")
+    out += [f"  Warning: {_place(w.chunk)}: {w.message}" for w in report.warnings]
+    if verbose:
+        out += [f"    filtered {cause}: {n}" for cause, n in sorted(report.filtered_by_cause.items()) if n]
+        out += [f"  Trusted key: sha256:{key}" for key in report.trusted_keys]
+        out += [
+            f"  {c.index:06d}  {c.status:<13}  {c.lines:>9} lines  {c.bytes:>11} bytes  {c.close_reason:<8}  "
+            f"{c.start} … {c.end}"
+            for c in report.chunks
+        ]
+    return "\n".join(out) + "\n"

@@ -1,0 +1,181 @@
+"""The evidence directory and its half of the state directory: made, checked, read back.
+
+    output_directory/   chain.json, keys/*.pem, the chunks' files
+    state_directory/    keys/signing.key, keys/trusted.json, head.json
+
+`initialise` may be called any number of times: it completes what a crash left half done, and refuses what no
+crash of ours can leave.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+
+import msgspec
+
+from stella_shared import clock, config
+from stella_shared.config import Signals
+from stella_shared.errors import ConfigError, NotFound, NotPermitted
+from stella_shared.evidence import canonical, keys, names
+from stella_shared.evidence.disk import TMP_SUFFIX, Disk
+from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
+
+HEAD = "head.json"
+
+
+class Places(msgspec.Struct, frozen=True):
+    """Where a node keeps its evidence and its state."""
+
+    evidence: Path
+    state: Path
+
+    @property
+    def head(self) -> Path:
+        """The file that remembers the newest statement outside the evidence."""
+        return self.state / HEAD
+
+    def chunk(self, index: int, kind: str) -> Path:
+        """Return the path of one of a chunk's files."""
+        return self.evidence / names.chunk_file(index, kind)
+
+
+def places(signals: Signals) -> Places:
+    """Return where `signals` puts evidence and state."""
+    return Places(Path(signals.output_directory), config.state_directory(signals))
+
+
+class Initialised(msgspec.Struct, frozen=True):
+    """What `initialise` found or made."""
+
+    chain_id: str
+    node: str
+    key_id: str
+    evidence: str
+    state: str
+    new_chain: bool
+    new_key: bool
+    predecessor: Predecessor | None
+
+
+def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
+    """Make directories, key and chain where they are missing; leave everything else as it is.
+
+    An evidence directory that was emptied gets a new chain, whose predecessor is the one `head.json` tells
+    of.  Raises `ConfigError`, naming the fix, when what is there is corrupt or half there, and `NotPermitted`
+    when the file system refuses.
+    """
+    disk = disk or Disk()
+    where = places(signals)
+    node = config.node_name(signals)
+    try:
+        return _initialise(where, node, disk)
+    except PermissionError as e:
+        raise NotPermitted(
+            f"{e.filename or where.evidence}: {e.strerror}",
+            hint=f"run as root, or give this user {where.evidence} and {where.state}",
+        ) from None
+    except OSError as e:
+        raise ConfigError(
+            f"{e.filename or where.evidence}: {e.strerror}",
+            hint="both signals.output_directory and signals.state_directory must be usable directories",
+        ) from None
+
+
+def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
+    for directory, mode in (
+        (where.state, 0o700),
+        (where.state / "keys", 0o700),
+        (where.evidence, 0o750),
+        (where.evidence / names.KEYS, 0o750),
+    ):
+        if not directory.is_dir():
+            directory.mkdir(mode=mode, parents=True)
+            disk.sync_directory(directory.parent)
+    chain = read_chain(where.evidence)
+    chunks = sorted(name for name in _names(where.evidence) if names.parse_chunk_file(name))
+    if chain is None and chunks:
+        raise ConfigError(
+            f"{where.evidence} holds chunks ({chunks[0]} …) but no {names.CHAIN}",
+            hint=f"restore {names.CHAIN} from a backup, or move everything out of the directory and init again",
+        )
+    if chain is not None and chain.node != node:
+        raise ConfigError(
+            f"{where.evidence} is the evidence of node {chain.node!r}, this is {node!r}",
+            hint=f"set signals.node to {chain.node}, or choose another signals.output_directory",
+        )
+    key_id, new_key = _key(where, disk, has_chunks=bool(chunks))
+    new_chain = chain is None
+    if chain is None:
+        head = read_head(where)
+        predecessor = (
+            Predecessor(head.chain_id, head.index, head.statement_sha256, "the evidence directory was emptied")
+            if head
+            else None
+        )
+        chain = Chain(FORMAT, secrets.token_hex(16), node, clock.utc_text(time.time_ns()), predecessor)
+        disk.put(where.evidence / names.CHAIN, canonical.dumps(chain))
+    return Initialised(
+        chain.chain_id, node, key_id, str(where.evidence), str(where.state), new_chain, new_key, chain.predecessor
+    )
+
+
+def _key(where: Places, disk: Disk, *, has_chunks: bool) -> tuple[str, bool]:
+    """Make sure of key, public key and trust, in this order, so that a crash in between is completed next time."""
+    trusted = keys.load_trusted(where.state)
+    new = False
+    try:
+        key = keys.load_local_key(where.state)
+    except NotFound:
+        if has_chunks:
+            raise ConfigError(
+                f"{where.evidence} holds chunks, but the key that signs them is gone",
+                hint=f"restore {where.state / 'keys' / keys.SIGNING_KEY} from a backup, or move the evidence away "
+                "and init again: the new chain names this one as its predecessor",
+            ) from None
+        key, new = keys.create_local_key(where.state, disk), True
+    identity = keys.key_id(key.public_key())
+    pem, path = keys.public_pem(key.public_key()), where.evidence / names.KEYS / f"{identity}.pem"
+    if not path.exists():
+        disk.put(path, pem)
+    elif path.read_bytes() != pem:
+        raise ConfigError(f"{path} is not the key of that name", hint="remove it and run: stella signals init")
+    if identity not in trusted:
+        now = clock.utc_text(time.time_ns())
+        added = keys.TrustedKey(identity, keys.ALGORITHM, now)
+        keys.save_trusted(where.state, [*trusted.values(), added], disk)
+    return identity, new
+
+
+def _names(directory: Path) -> list[str]:
+    return [entry.name for entry in directory.iterdir() if not entry.name.endswith(TMP_SUFFIX)]
+
+
+def read_chain(evidence: Path) -> Chain | None:
+    """Return the chain of a directory, or None when there is no chain.json.  Raises `ConfigError`."""
+    path = evidence / names.CHAIN
+    try:
+        chain = canonical.loads(path.read_bytes(), Chain)
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ConfigError(
+            f"{path}: {e}", hint="restore it from a backup, or move the evidence away and run: stella signals init"
+        ) from None
+    if chain.format != FORMAT:
+        raise ConfigError(f"{path} is of format {chain.format}, this release writes {FORMAT}")
+    return chain
+
+
+def read_head(where: Places) -> Head | None:
+    """Return what head.json says, or None when there is none.  Raises `ConfigError` when it is damaged."""
+    try:
+        return canonical.loads(where.head.read_bytes(), Head)
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ConfigError(
+            f"{where.head}: {e}",
+            hint="with the evidence in place it can be removed: the signer rebuilds it; else restore it from a backup",
+        ) from None

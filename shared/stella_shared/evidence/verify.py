@@ -1,0 +1,568 @@
+"""Verifies a chain of evidence: no network, no private key, nothing but files.
+
+    verify_chain(path) → read head and trust → list → chunk by chunk: signature, statement, ledger, bytes,
+    links, identity, lanes, lines → the end against the head → ChainReport
+
+Every disagreement becomes a `Fault` with its own code; the walk goes on after one, so that a report names
+them all.  The evidence may be written to meanwhile: the head is read first, then the directory is listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from stella_shared.errors import ConfigError, NotFound, NotPermitted, UsageError
+from stella_shared.evidence import archive, canonical, dsse, keys, names, records, report, statement
+from stella_shared.evidence.disk import TMP_SUFFIX
+from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
+from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
+from stella_shared.evidence.report import ChainReport, ChunkReport, Fault, HeadCheck, OpenChunk, Warning
+from stella_shared.evidence.statement import Statement
+
+MAX_JSON_BYTES: Final = 64 << 20
+_IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
+_LISTING_TRIES: Final = 5
+
+Progress = Callable[[int, int], None]
+
+
+def verify_chain(
+    path: Path,
+    *,
+    trusted_keys: set[str] | None = None,
+    head: Path | None = None,
+    progress: Progress | None = None,
+) -> ChainReport:
+    """Return the answer about the evidence in `path`: a directory, or a .tar, .tar.gz or .tgz of one.
+
+    `trusted_keys` are key ids in hex (`sha256:` may stand before).  Without them, and without `head`, the
+    directory `state` beside the evidence is asked; an archive is never asked about its own trust.
+    `progress(done, total)` is called after each chunk.  Raises `NotFound` when there is nothing at `path`,
+    `NotPermitted` when it may not be read, and `BadAnswer` for an archive that cannot be taken apart.
+    """
+    if not path.exists():
+        raise NotFound(f"no evidence at {path}", hint="name an evidence directory, or a .tar.gz of one")
+    try:
+        if path.is_dir():
+            return _Walk(path, path, trusted_keys, head, [], progress).run()
+        if not path.name.endswith(archive.SUFFIXES):
+            raise UsageError(f"{path} is neither a directory nor one of {', '.join(archive.SUFFIXES)}")
+        with archive.unpacked(path) as inside:
+            return _Walk(path, inside.directory, trusted_keys, head, inside.strange, progress).run()
+    except PermissionError as e:
+        raise NotPermitted(
+            f"{e.filename or path}: {e.strerror}", hint="run as the owner of the evidence, or as root"
+        ) from None
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What the walk remembers of the chunk before."""
+
+    index: int
+    ledger: Ledger | None = None
+    ledger_sha256: str = ""
+    chunk_sha256: str = ""
+    statement_sha256: str = ""
+
+
+class _Walk:
+    """One verification, from the first file to the report."""
+
+    def __init__(
+        self,
+        shown: Path,
+        directory: Path,
+        trusted: set[str] | None,
+        head: Path | None,
+        strange: list[str],
+        progress: Progress | None,
+    ) -> None:
+        self._shown = shown
+        self._directory = directory
+        self._faults: list[Fault] = []
+        self._warnings: list[Warning] = []
+        self._progress = progress or (lambda done, total: None)
+        state = shown.parent / "state" if shown == directory else None
+        self._trusted = self._trust(trusted, state)
+        self._head_path = head or (state / "head.json" if state else None)
+        self._head_required = head is not None
+        self._strange = strange
+        self._keys: dict[str, ec.EllipticCurvePublicKey] = {}
+        self._chain: Chain | None = None
+        self._manifest_sha256 = ""
+        self._chunks: list[ChunkReport] = []
+        self._before: _Known | None = None
+        self._standing: Standing | None = records.standing_after([], [])
+        self._at_head: Head | None = None
+        self._last_signed = 0
+        self._lost: dict[str, int] = {}
+        self._filtered: dict[str, int] = {}
+
+    def _fault(self, code: str, chunk: int | None, message: str, hint: str = "") -> None:
+        self._faults.append(Fault(code, chunk, message, hint))
+
+    def _warn(self, code: str, chunk: int | None, message: str) -> None:
+        self._warnings.append(Warning(code, chunk, message))
+
+    # -- what is trusted, and what is known of the end -------------------------------------------------
+
+    def _trust(self, given: set[str] | None, state: Path | None) -> dict[str, str]:
+        """Return the trusted key ids with the time after which they count no more ("" for none)."""
+        if given is not None:
+            return {key.removeprefix("sha256:").lower(): "" for key in given}
+        if state is None:
+            return {}
+        try:
+            return {key.key_id: key.not_after for key in keys.load_trusted(state).values()}
+        except (NotPermitted, ConfigError) as e:
+            self._warn("no_trust", None, str(e))
+            return {}
+
+    def _read_head(self) -> Head | None:
+        if self._head_path is None:
+            return None
+        try:
+            data = _read(self._head_path)
+        except (FileNotFoundError, NotADirectoryError):
+            if self._head_required:
+                raise NotFound(f"no head at {self._head_path}") from None
+            return None
+        except PermissionError as e:
+            if self._head_required:
+                raise
+            self._warn("no_head", None, f"{self._head_path}: {e.strerror}")
+            return None
+        except ValueError as e:
+            self._fault("malformed", None, f"{self._head_path}: {e}")
+            return None
+        try:
+            return canonical.loads(data, Head)
+        except ValueError as e:
+            self._fault(_form(e), None, f"{self._head_path}: {e}")
+            return None
+
+    # -- the directory ---------------------------------------------------------------------------------
+
+    def run(self) -> ChainReport:
+        """Walk the whole chain."""
+        head = self._read_head()
+        listing = self._listing()
+        self._read_manifest()
+        self._read_keys(listing)
+        for name in self._strange:
+            self._fault("inserted", None, f"{name} is no file of an evidence directory")
+        kinds = self._chunk_files(listing)
+        opened = self._open_chunk(kinds)
+        self._walk(kinds, head)
+        self._check_end(head)
+        return self._report(opened, head)
+
+    def _listing(self) -> list[str]:
+        """Return the file names; a rename under way may hide one from a single look, so look until two agree."""
+        seen = sorted(entry.name for entry in self._directory.iterdir())
+        for _ in range(_LISTING_TRIES):
+            again = sorted(entry.name for entry in self._directory.iterdir())
+            if again == seen:
+                break
+            seen = again
+        return seen
+
+    def _read_manifest(self) -> None:
+        try:
+            data = _read(self._directory / names.CHAIN)
+            self._manifest_sha256 = sha256(data).hexdigest()
+            chain = canonical.loads(data, Chain)
+            if chain.format != records.FORMAT:
+                raise ValueError(f"format {chain.format} is not known here")
+            self._chain = chain
+        except FileNotFoundError:
+            self._fault("missing", None, f"{names.CHAIN} is missing")
+        except ValueError as e:
+            self._fault(_form(e), None, f"{names.CHAIN}: {e}")
+
+    def _read_keys(self, listing: list[str]) -> None:
+        directory = self._directory / names.KEYS
+        if names.KEYS not in listing or not directory.is_dir() or directory.is_symlink():
+            self._fault("missing", None, f"the directory {names.KEYS} is missing")
+            return
+        for name in sorted(entry.name for entry in directory.iterdir()):
+            shown = f"{names.KEYS}/{name}"
+            identity = names.parse_key_file(name)
+            if identity is None:
+                if not self._left_over(name, names.parse_key_file(name.removesuffix(TMP_SUFFIX)), shown):
+                    self._fault("inserted", None, f"{shown} is no public key's name")
+                continue
+            try:
+                key = keys.load_public(_read(directory / name))
+            except ValueError as e:
+                self._fault(_form(e), None, f"{shown}: {e}")
+                continue
+            if keys.key_id(key) != identity:
+                self._fault("edited", None, f"{shown} holds another key")
+                continue
+            self._keys[identity] = key
+
+    def _left_over(self, name: str, meant: object, shown: str) -> bool:
+        """Return whether `name` is the temporary form of a file we know: a crash leaves such, and nobody reads it."""
+        if not name.endswith(TMP_SUFFIX) or meant is None:
+            return False
+        self._warn("left_over", None, f"{shown} was being written when something died; it means nothing")
+        return True
+
+    def _chunk_files(self, listing: list[str]) -> dict[int, set[str]]:
+        kinds: dict[int, set[str]] = {}
+        for name in listing:
+            file = names.parse_chunk_file(name)
+            path = self._directory / name
+            if file is not None and path.is_file() and not path.is_symlink():
+                kinds.setdefault(file.index, set()).add(file.kind)
+            elif name not in (names.CHAIN, names.KEYS) and not (path.is_dir() and name in _IGNORED_DIRECTORIES):
+                base = name.removesuffix(TMP_SUFFIX)
+                if not self._left_over(name, names.parse_chunk_file(base) or (base == names.CHAIN or None), name):
+                    self._fault("inserted", None, f"{name} is no file of an evidence directory")
+        return kinds
+
+    def _open_chunk(self, kinds: dict[int, set[str]]) -> OpenChunk | None:
+        """Take the open chunk out of `kinds`, and refuse open files that stand anywhere but at the end."""
+        opened: OpenChunk | None = None
+        last = max(kinds, default=0)
+        for index in sorted(kinds):
+            files = kinds[index]
+            if names.OPEN_DATA in files and index == last and not files & {names.DATA, names.ENVELOPE}:
+                # Its ledger may be there already, when the signer is just closing it, or died doing so.
+                files.clear()
+                with contextlib.suppress(FileNotFoundError):  # closed since the listing
+                    size = (self._directory / names.chunk_file(index, names.OPEN_DATA)).stat().st_size
+                    opened = OpenChunk(index, size)
+            elif names.OPEN_DATA in files:
+                self._fault("inserted", index, f"{names.chunk_file(index, names.OPEN_DATA)} is not at the end")
+            elif names.OPEN_JOURNAL in files and index != last:
+                self._fault("inserted", index, f"{names.chunk_file(index, names.OPEN_JOURNAL)} is not at the end")
+            files -= {names.OPEN_DATA, names.OPEN_JOURNAL}
+            if not files:
+                del kinds[index]
+        return opened
+
+    # -- the chunks ------------------------------------------------------------------------------------
+
+    def _walk(self, kinds: dict[int, set[str]], head: Head | None) -> None:
+        last_enveloped = max((i for i, files in kinds.items() if names.ENVELOPE in files), default=0)
+        expected = names.FIRST_INDEX
+        for done, index in enumerate(sorted(kinds), 1):
+            if index != expected:
+                span = f"chunk {expected} is" if index == expected + 1 else f"chunks {expected} to {index - 1} are"
+                self._fault("missing", expected, f"{span} missing")
+                self._before = self._standing = None
+            self._chunk(index, kinds[index], unsigned_tail=index > last_enveloped, head=head)
+            expected = index + 1
+            self._progress(done, len(kinds))
+
+    def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Head | None) -> None:
+        faults_before = len(self._faults)
+        needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
+        for kind in sorted(needed - files):
+            self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing")
+        stated, statement_sha256, key_id = (
+            self._envelope(index) if names.ENVELOPE in files else (None, "", "")
+        )
+        ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
+        ledger, ledger_sha256, form = self._ledger(ledger_bytes)
+        checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
+        digest = self._digest(index, checker) if names.DATA in files else None
+        self._compare(index, stated, ledger, ledger_sha256, form, digest)
+        if stated is not None:
+            self._links(index, stated)
+        if ledger is not None:
+            data_is_signed = digest is not None and digest.sha256 == ledger.sha256
+            self._identity(index, ledger, checker if data_is_signed else None)
+        if unsigned_tail:
+            self._warn("unsigned", index, "closed, and not signed yet: nothing vouches for it")
+        clean = len(self._faults) == faults_before
+        status = (
+            report.INVALID
+            if not clean
+            else report.UNSIGNED
+            if unsigned_tail
+            else report.VALID_PENDING
+            if key_id in self._trusted
+            else report.UNTRUSTED_KEY
+        )
+        self._chunks.append(_chunk_report(index, status, ledger, key_id, statement_sha256))
+        if stated is not None:
+            self._last_signed = index
+            if head is not None and ledger is not None and head.index == index:
+                self._at_head = records.head_of(ledger, statement_sha256, key_id)
+        self._before = _Known(
+            index,
+            ledger,
+            ledger_sha256,
+            stated.subject[0].digest.get("sha256", "") if stated else "",
+            statement_sha256,
+        )
+        self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
+
+    def _envelope(self, index: int) -> tuple[Statement | None, str, str]:
+        """Return (statement, its SHA-256, key id) of a chunk; faults say what does not hold."""
+        name = names.chunk_file(index, names.ENVELOPE)
+        try:
+            opened = dsse.open_envelope(_read(self._directory / name, dsse.MAX_ENVELOPE_BYTES))
+        except ValueError as e:
+            self._fault(_form(e), index, f"{name}: {e}")
+            return None, "", ""
+        key = self._keys.get(opened.key_id)
+        if self._trusted and opened.key_id not in self._trusted:
+            self._fault(
+                "unknown_key", index, f"signed with key sha256:{opened.key_id[:64]}, which is not trusted",
+                hint=f"if you know this key: --key sha256:{opened.key_id[:64]}",
+            )
+        if key is None:
+            self._fault("missing", index, f"the public key {opened.key_id[:64]} is not in {names.KEYS}/")
+        elif not keys.signature_holds(key, dsse.pae(dsse.PAYLOAD_TYPE, opened.payload), opened.signature):
+            self._fault("bad_signature", index, "the signature does not fit the statement")
+        try:
+            stated = statement.decode(opened.payload)
+        except ValueError as e:
+            self._fault(_form(e), index, f"statement: {e}")
+            return None, "", opened.key_id
+        not_after = self._trusted.get(opened.key_id, "")
+        if not_after and stated.predicate.window.end > not_after:
+            self._fault("unknown_key", index, f"signed after its key was retired ({not_after})")
+        return stated, sha256(opened.payload).hexdigest(), opened.key_id
+
+    def _ledger_bytes(self, index: int) -> bytes | None:
+        try:
+            return _read(self._directory / names.chunk_file(index, names.LEDGER))
+        except ValueError as e:
+            self._fault("malformed", index, f"ledger: {e}")
+            return None
+
+    def _ledger(self, data: bytes | None) -> tuple[Ledger | None, str, str]:
+        """Return (ledger, SHA-256 of its file, what is wrong with its form)."""
+        if data is None:
+            return None, "", ""
+        digest = sha256(data).hexdigest()
+        try:
+            return canonical.loads(data, Ledger), digest, ""
+        except ValueError as e:
+            return None, digest, str(e)
+
+    def _digest(self, index: int, checker: LineChecker | None) -> Digest | None:
+        reader = Reader()
+        try:
+            for block in blocks(self._directory / names.chunk_file(index, names.DATA)):
+                lines = reader.take(block)
+                if checker is not None:
+                    checker.check(lines)
+        except ValueError as e:
+            self._fault("malformed", index, str(e))
+            return None
+        return reader.digest()
+
+    def _compare(
+        self,
+        index: int,
+        stated: Statement | None,
+        ledger: Ledger | None,
+        ledger_sha256: str,
+        form: str,
+        digest: Digest | None,
+    ) -> None:
+        """Hold statement, ledger and bytes of one chunk against each other."""
+        data_name = names.chunk_file(index, names.DATA)
+        ledger_name = names.chunk_file(index, names.LEDGER)
+        said = stated.subject[0].digest.get("sha256", "") if stated else ledger.sha256 if ledger else ""
+        ledger_fits = not stated or not ledger_sha256 or ledger_sha256 == stated.predicate.accounting.ledger_sha256
+        data_fits = digest is None or not said or digest.sha256 == said
+        if not ledger_fits and not data_fits and ledger and digest and ledger.sha256 == digest.sha256:
+            self._fault("bundle_mismatch", index, "the statement describes another chunk than the one that is here")
+            return
+        if not ledger_fits:
+            self._fault("edited", index, f"{ledger_name} is not what was signed")
+        elif form:
+            self._fault(_form(form), index, f"{ledger_name}: {form}")
+        if not data_fits:
+            self._fault("edited", index, f"{data_name} is not what was signed")
+        if ledger is None or not ledger_fits:
+            return
+        if self._chain and (ledger.chain_id != self._chain.chain_id or ledger.format != records.FORMAT):
+            self._fault("spliced", index, f"{ledger_name} is of chain {ledger.chain_id}")
+        if ledger.index != index:
+            self._fault("reordered", index, f"{ledger_name} says that it is chunk {ledger.index}")
+        if digest and data_fits and _shape(digest) != (ledger.bytes, ledger.lines, ledger.merkle_root, ledger.sha256):
+            self._fault("bundle_mismatch", index, f"{ledger_name} does not describe {data_name}")
+        if digest and data_fits and not digest.complete:
+            self._fault("malformed", index, f"{data_name} does not end with a newline")
+        if stated and stated != statement.build(ledger, ledger_sha256, _context(stated)):
+            self._fault("bundle_mismatch", index, "statement and ledger do not describe the same thing")
+        before = self._before
+        if before and before.ledger_sha256 and ledger.previous_ledger_sha256 != before.ledger_sha256:
+            self._fault("forked", index, "its ledger continues another ledger than the one before it")
+        if index == names.FIRST_INDEX and ledger.previous_ledger_sha256:
+            self._fault("forked", index, "the first ledger names one before it")
+
+    def _links(self, index: int, stated: Statement) -> None:
+        link, chain = stated.predicate.chain, self._chain
+        if chain and (link.id != chain.chain_id or stated.predicate.host.node != chain.node):
+            self._fault("spliced", index, f"its statement is of chain {link.id}, node {stated.predicate.host.node}")
+            return
+        if link.index != index:
+            self._fault("reordered", index, f"its statement says that it is chunk {link.index}")
+            return
+        if stated.subject[0].name != names.chunk_file(index, names.DATA):
+            self._fault("bundle_mismatch", index, f"its statement is about {stated.subject[0].name}")
+        if chain and (link.manifest_sha256 != self._manifest_sha256 or link.predecessor != chain.predecessor):
+            self._fault("edited", index, f"{names.CHAIN} is not the one that was signed")
+        if (link.previous is None) != (index == names.FIRST_INDEX):
+            self._fault("forked", index, "only the first chunk has none before it")
+        before = self._before
+        if link.previous is None or before is None or not before.statement_sha256:
+            return
+        here = (before.index, before.chunk_sha256, before.statement_sha256)
+        if (link.previous.index, link.previous.chunk_sha256, link.previous.statement_sha256) != here:
+            self._fault("forked", index, f"it follows another chunk {link.previous.index} than the one that is here")
+
+    def _identity(self, index: int, ledger: Ledger, checker: LineChecker | None) -> None:
+        for message in records.identity_faults(ledger):
+            self._fault("identity_broken", index, message)
+        if self._standing is not None:
+            pick_up = index == names.FIRST_INDEX and bool(self._chain and self._chain.predecessor)
+            for message in records.continuity_faults(self._standing, ledger, may_pick_up=pick_up):
+                self._fault("identity_broken", index, message)
+        for fault in checker.finish() if checker else []:
+            self._fault(fault.code, index, fault.message)
+        for cause, n in ledger.lost.items():
+            self._lost[cause] = self._lost.get(cause, 0) + n
+        for cause, n in ledger.filtered.items():
+            self._filtered[cause] = self._filtered.get(cause, 0) + n
+        for run in ledger.runs:
+            if run.unclean:
+                self._warn(
+                    "unclean", index, f"run {run.run} ended uncleanly: {run.unclean}; nobody knows how many were lost"
+                )
+            if run.missing:
+                spans = ", ".join(f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in run.missing[:5])
+                self._warn("missing_batches", index, f"run {run.run}: batches {spans} never came; counted as lost")
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def _check_end(self, head: Head | None) -> None:
+        if not self._last_signed:
+            self._fault(
+                "unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts"
+            )
+        elif not self._trusted:
+            found = sorted({c.key_id for c in self._chunks if c.key_id})
+            self._fault(
+                "unknown_key",
+                None,
+                "no trusted key is known, so nobody vouches for this chain",
+                hint="name the key you trust: " + " ".join(f"--key sha256:{key}" for key in found[:3]),
+            )
+        if head is None or self._chain is None:
+            if head is None:
+                self._warn("no_head", None, "no head to compare the end with: a cut at the end would not show")
+            return
+        if head.chain_id != self._chain.chain_id:
+            predecessor = self._chain.predecessor
+            follows = predecessor is not None and predecessor.chain_id == head.chain_id
+            # The new chain's own head is written right after its first signature.
+            if not follows or self._last_signed > names.FIRST_INDEX:
+                self._fault("spliced", None, f"the head is of chain {head.chain_id}")
+            return
+        if head.index > self._last_signed:
+            at = self._last_signed + 1
+            self._fault("truncated", at, f"the chain ends before chunk {head.index}, which the head tells of")
+        elif self._at_head is not None and self._at_head != head:
+            if self._at_head.statement_sha256 != head.statement_sha256:
+                self._fault("forked", head.index, "the head names another statement than the one that is here")
+            else:
+                self._fault("edited", head.index, "the head does not say what its chunk says")
+
+    def _report(self, opened: OpenChunk | None, head: Head | None) -> ChainReport:
+        sums = [chunk.accounting for chunk in self._chunks if chunk.accounting]
+        chain = self._chain
+        faults = sorted(self._faults, key=lambda f: (f.chunk is None, f.chunk or 0))
+        return ChainReport(
+            format=1,
+            valid=not faults,
+            path=str(self._shown),
+            chain_id=chain.chain_id if chain else "",
+            node=chain.node if chain else "",
+            created=chain.created if chain else "",
+            predecessor=chain.predecessor if chain else None,
+            totals=Accounting(
+                sum(s.produced for s in sums),
+                sum(s.recorded for s in sums),
+                sum(s.filtered for s in sums),
+                sum(s.lost for s in sums),
+            ),
+            lost_by_cause=dict(sorted(self._lost.items())),
+            filtered_by_cause=dict(sorted(self._filtered.items())),
+            lines=sum(chunk.lines for chunk in self._chunks),
+            bytes=sum(chunk.bytes for chunk in self._chunks),
+            chunks=self._chunks,
+            open=opened,
+            head=HeadCheck(str(self._head_path), head.index, head.statement_sha256) if head else HeadCheck(),
+            trusted_keys=sorted(self._trusted),
+            faults=faults,
+            warnings=self._warnings,
+        )
+
+
+def _read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return a file's bytes.  Raises `ValueError` when it is longer than `limit`."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"longer than {limit} bytes")
+    return data
+
+
+def _form(reason: object) -> str:
+    """Return the code of a form fault: the right value in the wrong text, or no such value at all."""
+    return "not_canonical" if str(reason).startswith("not canonical") else "malformed"
+
+
+def _shape(digest: Digest) -> tuple[int, int, str, str]:
+    return digest.bytes, digest.lines, digest.merkle_root, digest.sha256
+
+
+def _context(stated: Statement) -> statement.Context:
+    """Return what of a statement is checked elsewhere (links), or cannot be (the signer's version)."""
+    predicate = stated.predicate
+    return statement.Context(
+        predicate.host.node,
+        predicate.chain.manifest_sha256,
+        predicate.chain.predecessor,
+        predicate.chain.previous,
+        predicate.monitor.signer_version,
+    )
+
+
+def _chunk_report(
+    index: int, status: str, ledger: Ledger | None, key_id: str, statement_sha256: str
+) -> ChunkReport:
+    if ledger is None:
+        return ChunkReport(index, status, key_id=key_id, statement_sha256=statement_sha256)
+    return ChunkReport(
+        index,
+        status,
+        ledger.lines,
+        ledger.bytes,
+        ledger.window.start,
+        ledger.window.end,
+        ledger.close_reason,
+        key_id,
+        ledger.sha256,
+        statement_sha256,
+        records.accounting(ledger),
+    )
+
+

@@ -1,0 +1,263 @@
+"""What crosses the bus: raw batches, heads of enriched parts, heartbeats.
+
+    collector --RawBatch (MessagePack, array)--> enricher --lines + PartHead (JSON header)--> signer
+    every service --Beat (JSON)--> gateway
+
+A *run* is one life of the loaded BPF programs: numbers start at 0 in it.  A *lane* is one CPU and one kind
+of program context (`lane = cpu * LANE_KINDS + kind`); within a lane the kernel hands out sequence numbers.
+A number is *settled* once it is known to be recorded, filtered or lost.  Ledger rows count settled numbers,
+so `next - first == recorded + filtered + lost` holds for each row of each batch, exactly, always.
+
+Decoders tolerate unknown trailing fields, so that parts of different age can talk during an upgrade.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from stella_shared.errors import BrokenPromise
+
+WIRE_VERSION: Final = 1
+LANE_KINDS: Final = 4
+LANE_KIND_NAMES: Final = ("syscall", "exec", "sock", "uprobe")
+
+
+class LaneRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One lane's share of a batch (or of a chunk): settled numbers `[first, next)` and what became of them."""
+
+    lane: int
+    first: int
+    next: int
+    recorded: int
+    filtered: int
+    lost: int
+
+
+class Ledger(msgspec.Struct, frozen=True, array_like=True):
+    """The accounting of one batch: deltas, never totals.
+
+    `filtered` counts by cause: `kernel_*` causes are events that never took a number; `user_*` causes are
+    numbers (they are the rows' `filtered`).  `lost` counts by cause: every cause except those in
+    `UNNUMBERED_LOSSES` is numbers (the rows' `lost`).
+    """
+
+    start_ns: int
+    end_ns: int
+    lanes: list[LaneRow]
+    filtered: dict[str, int]
+    lost: dict[str, int]
+
+
+#: Losses that never took a number: the kernel did not even run the program.
+UNNUMBERED_LOSSES: Final = frozenset({"probe_missed"})
+LOSS_CAUSES: Final = (
+    "ring_full",
+    "rate_limit",
+    "inflight",
+    "probe_missed",
+    "bus",
+    "enricher",
+    "signer",
+    "restart",
+    "unclean_boot",
+)
+FILTER_CAUSES: Final = (
+    "kernel_target",
+    "kernel_path",
+    "kernel_network",
+    "user_path",
+    "user_network",
+)
+
+
+def ledger_faults(ledger: Ledger) -> list[str]:
+    """Return, in words, each way in which `ledger` breaks the identity; an honest ledger returns []."""
+    faults = [
+        f"lane {row.lane}: {row.next - row.first} numbers, but "
+        f"{row.recorded} recorded + {row.filtered} filtered + {row.lost} lost"
+        for row in ledger.lanes
+        if row.next - row.first != row.recorded + row.filtered + row.lost
+        or min(row.first, row.recorded, row.filtered, row.lost) < 0
+    ]
+    numbered_filtered = sum(n for cause, n in ledger.filtered.items() if cause.startswith("user_"))
+    numbered_lost = sum(n for cause, n in ledger.lost.items() if cause not in UNNUMBERED_LOSSES)
+    for word, rows, causes in (
+        ("filtered", sum(r.filtered for r in ledger.lanes), numbered_filtered),
+        ("lost", sum(r.lost for r in ledger.lanes), numbered_lost),
+    ):
+        if rows != causes:
+            faults.append(f"lanes say {rows} {word}, causes say {causes}")
+    return faults
+
+
+class Closing(msgspec.Struct, frozen=True, array_like=True):
+    """The end of a run whose collector died before its final batch, told by the run that follows.
+
+    `taken` are the numbers that each lane had handed out, `filtered` the kernel's totals by cause, both
+    read from the counters that the dead run left pinned.  When `reason` is not empty the counters are
+    gone with the kernel or the mount that held them: then nobody knows how many were lost, and it says why.
+    """
+
+    run: str
+    boot_id: str
+    taken: dict[int, int]
+    filtered: dict[str, int]
+    reason: str = ""
+
+
+class RawBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One drain of the ring, as the collector publishes it.
+
+    `records` holds the kernel's records back to back, each padded to 8 bytes (`events.RecordHeader` gives
+    its length).  `number` counts from 0 within `run` without a hole.  `coverage` is the canonical JSON of
+    `evidence.coverage` when it is new or due again, else empty.  `final` marks the last batch of a clean
+    stop.  `closings` stand in a run's batch 0, one for each earlier run that ended without a final batch.
+    """
+
+    version: int
+    node: str
+    boot_id: str
+    run: str
+    number: int
+    ledger: Ledger
+    coverage: bytes
+    final: bool
+    closings: list[Closing]
+    #: Paths of the libraries whose index the `ssl_op` records carry.
+    libraries: list[str]
+    records: bytes
+
+
+class PartHead(msgspec.Struct, frozen=True):
+    """The head of one enriched message: which batch, which part of it, how many lines, what accounting.
+
+    The parts of a batch are numbered `0 … parts-1`, one per event type present.  `ledger`, `coverage`
+    and `closings` stand in part 0 alone.
+    """
+
+    version: int
+    node: str
+    boot_id: str
+    run: str
+    number: int
+    part: int
+    parts: int
+    lines: int
+    ledger: Ledger | None = None
+    coverage: str = ""
+    final: bool = False
+    closings: list[Closing] = []
+    #: CLOCK_BOOTTIME at which the batch was drained and at which it was enriched (for latency).
+    drained_ns: int = 0
+    enriched_ns: int = 0
+
+
+class Histogram(msgspec.Struct):
+    """Cumulative-free bucket counts: `counts[i]` values ≤ `bounds[i]`, the last count is the rest."""
+
+    bounds: list[float]
+    counts: list[int]
+    total: float = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count `value` `times` times."""
+        for i, bound in enumerate(self.bounds):
+            if value <= bound:
+                self.counts[i] += times
+                break
+        else:
+            self.counts[-1] += times
+        self.total += value * times
+
+    @classmethod
+    def with_bounds(cls, *bounds: float) -> Histogram:
+        """Return an empty histogram with these upper bounds (ascending)."""
+        return cls(list(bounds), [0] * (len(bounds) + 1))
+
+    def quantile(self, q: float) -> float:
+        """Return the upper bound of the bucket that holds quantile `q`; 0.0 when nothing was counted."""
+        want = q * sum(self.counts)
+        seen = 0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            seen += count
+            if seen and seen >= want:
+                return bound
+        return self.bounds[-1] if seen or self.counts[-1] else 0.0
+
+
+class Beat(msgspec.Struct):
+    """A service instance's heartbeat, once a second.
+
+    `metrics` are counters and gauges by the names in `metrics.CATALOGUE` (a label set is written
+    `name{key=value}`); `detail` is what `/status` shows of this service, JSON values only.
+    """
+
+    service: str
+    instance: str
+    node: str
+    pid: int
+    version: str
+    at: float
+    started_at: float
+    state: str
+    reason: str = ""
+    metrics: dict[str, float] = {}
+    histograms: dict[str, Histogram] = {}
+    detail: dict[str, object] = {}
+
+
+#: `Beat.state` values; anything but `ok` makes `/health` say so.
+BEAT_STATES: Final = ("starting", "ok", "degraded", "failed", "stopping")
+
+_raw_encoder = msgspec.msgpack.Encoder()
+_raw_decoder = msgspec.msgpack.Decoder(RawBatch)
+_head_encoder = msgspec.json.Encoder()
+_head_decoder = msgspec.json.Decoder(PartHead)
+_beat_decoder = msgspec.json.Decoder(Beat)
+
+
+def encode_raw(batch: RawBatch) -> bytes:
+    """Encode a raw batch as MessagePack."""
+    return _raw_encoder.encode(batch)
+
+
+def decode_raw(data: bytes) -> RawBatch:
+    """Decode a raw batch.  Raises `BrokenPromise` naming what is wrong with it."""
+    try:
+        batch = _raw_decoder.decode(data)
+    except msgspec.MsgspecError as e:
+        raise BrokenPromise(f"raw batch of {len(data)} bytes: {e}") from None
+    if batch.version != WIRE_VERSION:
+        raise BrokenPromise(f"raw batch speaks wire version {batch.version}, this is {WIRE_VERSION}")
+    return batch
+
+
+def encode_head(head: PartHead) -> str:
+    """Encode a part head as one line of JSON for the header `subjects.HEAD_HEADER`."""
+    return _head_encoder.encode(head).decode()
+
+
+def decode_head(text: str | bytes) -> PartHead:
+    """Decode a part head.  Raises `BrokenPromise` naming what is wrong with it."""
+    try:
+        head = _head_decoder.decode(text)
+    except msgspec.MsgspecError as e:
+        raise BrokenPromise(f"head of an enriched message: {e}") from None
+    if head.version != WIRE_VERSION:
+        raise BrokenPromise(f"enriched head speaks wire version {head.version}, this is {WIRE_VERSION}")
+    return head
+
+
+def encode_beat(beat: Beat) -> bytes:
+    """Encode a heartbeat as JSON."""
+    return _head_encoder.encode(beat)
+
+
+def decode_beat(data: bytes) -> Beat:
+    """Decode a heartbeat.  Raises `BrokenPromise` naming what is wrong with it."""
+    try:
+        return _beat_decoder.decode(data)
+    except msgspec.MsgspecError as e:
+        raise BrokenPromise(f"heartbeat: {e}") from None
