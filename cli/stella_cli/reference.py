@@ -167,8 +167,7 @@ def _subjects() -> str:
         "`RawBatch`, MessagePack array |",
         f"| `stella.enriched.<node>.<type>` | stream `{subjects.ENRICHED_STREAM}`, limits | enricher → "
         f"signer and any subscriber | evidence lines; header `{subjects.HEAD_HEADER}`: `PartHead`, JSON |",
-        "| `stella.beat.<service>.<instance>` | core NATS | every service, once a second → gateway | "
-        "`Beat`, JSON |",
+        "| `stella.beat.<service>.<instance>` | core NATS | every service, once a second → gateway | `Beat`, JSON |",
         "",
         f"`<type>` is one of {', '.join(f'`{name}`' for name in events.EVENT_TYPES)}, or "
         f"`{subjects.LEDGER_TYPE}` for a batch that left no line.",

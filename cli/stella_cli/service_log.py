@@ -97,7 +97,7 @@ class ServiceLog:
         return found
 
     def last_words(self) -> tuple[str, str]:
-        """Return what a service that just ended said about it: its last error (else last line), and a hint."""
+        """Return what a service that just ended said about it: its last error (else last line), a hint."""
         self._unread += self._take()
         hint = next((line.text for line in reversed(self.recent) if line.text.startswith(_HINT)), "")
         said = [line for line in self.recent if not line.text.startswith(_HINT)]

@@ -50,7 +50,7 @@ def run(settings: Settings) -> None:
             click.echo()
             raise TryAgain(
                 f"the node (pid {node.who.pid}) has not ended after {WAIT_SECONDS:.0f} s",
-                hint=f"see {settings.state / 'logs'}; kill -9 {node.who.pid} ends it, the next start recovers",
+                hint=f"logs: {settings.state / 'logs'}; kill -9 {node.who.pid} ends it at once",
             )
         if time.monotonic() > next_dot and sys.stdout.isatty():
             click.echo(".", nl=False)

@@ -31,6 +31,7 @@ from stella_cli import nats_server, node_file, process
 from stella_cli.node_file import ChildEntry, NodeFile
 from stella_cli.process import Child, Identity
 from stella_cli.service_log import Line, ServiceLog
+from stella_cli.tailing import connected
 from stella_shared import clock, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
@@ -39,6 +40,7 @@ from stella_shared.wire import Beat
 
 READY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 20.0
+BUS_SECONDS: Final = 10.0
 BACKOFF_FIRST_SECONDS: Final = 0.2
 BACKOFF_LAST_SECONDS: Final = 5.0
 #: A part that ran this long is taken as healthy again: the next death starts with the short wait.
@@ -156,8 +158,8 @@ class Supervisor:
             await self._start(tasks, [self._make("nats", "nats", command)])
             await self._bus_answers()
         user, password = bus_user(signals, "operator")
-        self.bus = await stack.enter_async_context(
-            Bus.connect(self._bus_url, name="supervisor", user=user, password=password)
+        self.bus = await connected(
+            stack, self._bus_url, name="supervisor", user=user, password=password, seconds=BUS_SECONDS
         )
         await self._make_streams()
         tasks.start_soon(self._listen, self.bus)

@@ -35,6 +35,22 @@ def run(settings: Settings, types: list[str], count: int | None, form: str | Non
         anyio.run(_tail, settings, types, count, as_table)
 
 
+async def connected(
+    stack: contextlib.AsyncExitStack, url: str, *, name: str, user: str, password: str, seconds: float
+) -> Bus:
+    """Return a connection that `stack` closes.  Raises `TryAgain` when none stands after `seconds`."""
+    try:
+        # A server that never answers must not keep a person waiting, whatever the client library does.
+        with anyio.fail_after(seconds + 1.0):
+            return await stack.enter_async_context(
+                Bus.connect(url, name=name, user=user, password=password, patience_seconds=seconds)
+            )
+    except TimeoutError:
+        raise TryAgain(
+            f"no NATS server answers at {url}", hint="stella signals health", runbook="health-checks"
+        ) from None
+
+
 async def lines(bus: Bus, types: list[str]) -> AsyncIterator[bytes]:
     """Yield evidence lines as they pass, of `types` or of all types, without their line ends."""
     subject = subjects.enriched("*", types[0] if len(types) == 1 else "*")
@@ -50,10 +66,8 @@ async def lines(bus: Bus, types: list[str]) -> AsyncIterator[bytes]:
 async def _tail(settings: Settings, types: list[str], count: int | None, as_table: bool) -> None:
     url, user, password = where(settings)
     try:
-        async with (
-            Bus.connect(url, name="tail", user=user, password=password, patience_seconds=2.0) as bus,
-            anyio.create_task_group() as tasks,
-        ):
+        async with contextlib.AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+            bus = await connected(stack, url, name="tail", user=user, password=password, seconds=2.0)
             tasks.start_soon(_end_with_reader)
             if as_table:
                 click.secho(event_rows.heading(), bold=True)

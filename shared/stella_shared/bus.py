@@ -39,6 +39,7 @@ _MSG_ID = "Nats-Msg-Id"
 #: What an outage may leave in the client's own buffer; a publisher is told "try again" beyond it.
 _PENDING_BYTES = 32 << 20
 _CONSUMER_CHECK_SECONDS = 2.0
+_CONNECT_SECONDS = 3.0
 
 
 class Message:
@@ -185,22 +186,26 @@ class Bus:
         deadline = asyncio.get_running_loop().time() + patience_seconds
         while True:
             try:
-                await nc.connect(
-                    url,
-                    name=f"stella {name}",
-                    user=user or None,
-                    password=password or None,
-                    allow_reconnect=True,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.2,  # type: ignore[arg-type]  # the library takes fractions
-                    connect_timeout=2,
-                    ping_interval=10,
-                    max_outstanding_pings=3,
-                    pending_size=_PENDING_BYTES,
-                    error_cb=quiet,
-                )
+                # A client that reconnects for ever also tries for ever at first: bound each try ourselves.
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    await nc.connect(
+                        url,
+                        name=f"stella {name}",
+                        user=user or None,
+                        password=password or None,
+                        allow_reconnect=True,
+                        max_reconnect_attempts=-1,
+                        reconnect_time_wait=0.2,  # type: ignore[arg-type]  # the library takes fractions
+                        connect_timeout=2,
+                        ping_interval=10,
+                        max_outstanding_pings=3,
+                        pending_size=_PENDING_BYTES,
+                        error_cb=quiet,
+                    )
                 break
-            except (nats.errors.AuthorizationError, nats.errors.NoServersError, nats.errors.Error, OSError) as e:
+            except (nats.errors.Error, OSError, TimeoutError) as e:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(nc.close(), 1.0)
                 if "uthorization" in str(e):
                     raise NotPermitted(
                         f"the NATS server at {url} refuses user {user or '(none)'}",
@@ -228,9 +233,13 @@ class Bus:
 
     async def ping(self) -> None:
         """Ask the server for a sign of life.  Raises `TryAgain`."""
+        # `flush` returns at once when the read loop has died with the connection, so look at that first.
+        if not self._nc.is_connected:
+            raise TryAgain("the bus is not connected")
         try:
-            await self._nc.flush(timeout=2)
-        except (nats.errors.Error, OSError, asyncio.TimeoutError) as e:
+            async with asyncio.timeout(2.5):
+                await self._nc.flush(timeout=2)
+        except (nats.errors.Error, OSError, TimeoutError) as e:
             raise TryAgain(f"the NATS server does not answer: {e or type(e).__name__}") from None
 
     async def ensure_streams(self) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal
 
 import msgspec
-import rfc8785
 from msgspec import Meta, Struct
 
 from stella_shared import config_layers, yamltext
@@ -85,9 +84,9 @@ class Rotation(_Section, frozen=True):
 class Signing(_Section, frozen=True):
     """How chunks are signed."""
 
-    enabled: Annotated[
-        bool, _key("Sign each closed chunk. Without it the chunks still form a chain of digests.")
-    ] = True
+    enabled: Annotated[bool, _key("Sign each closed chunk. Without it the chunks still form a chain of digests.")] = (
+        True
+    )
     key_id: Annotated[
         str,
         _text(
@@ -118,12 +117,8 @@ class Probes(_Section, frozen=True):
     libc_accept: Annotated[
         bool, _key("Accepted connections with their result: accept and accept4 (`net_connect`).")
     ] = True
-    openssl_read: Annotated[
-        bool, _key("SSL_read and SSL_read_ex: byte counts, never payload (`ssl_op`).")
-    ] = True
-    openssl_write: Annotated[
-        bool, _key("SSL_write and SSL_write_ex: byte counts, never payload (`ssl_op`).")
-    ] = True
+    openssl_read: Annotated[bool, _key("SSL_read and SSL_read_ex: byte counts, never payload (`ssl_op`).")] = True
+    openssl_write: Annotated[bool, _key("SSL_write and SSL_write_ex: byte counts, never payload (`ssl_op`).")] = True
     libc_source: Annotated[
         Literal["syscall", "uprobe"],
         _key(
@@ -148,8 +143,8 @@ class Paths(_Section, frozen=True):
             "others are finished in user space."
         ),
     ] = msgspec.field(default_factory=lambda: ["/etc/**", "/var/lib/**"])
-    denylist: Annotated[list[_Item], _list("Never record opens of these paths; the same patterns.")] = (
-        msgspec.field(default_factory=lambda: ["/proc/**", "/sys/**", "/dev/**"])
+    denylist: Annotated[list[_Item], _list("Never record opens of these paths; the same patterns.")] = msgspec.field(
+        default_factory=lambda: ["/proc/**", "/sys/**", "/dev/**"]
     )
 
 
@@ -203,9 +198,7 @@ class Resources(_Section, frozen=True):
     ] = 256
     symbol_cache_max_entries: Annotated[
         int,
-        _number(
-            "Resolved addresses kept in the symbol cache.", unit="entries", effect=LATER, ge=1, le=100_000_000
-        ),
+        _number("Resolved addresses kept in the symbol cache.", unit="entries", effect=LATER, ge=1, le=100_000_000),
     ] = 100_000
     container_cache_ttl_seconds: Annotated[
         int,
@@ -226,8 +219,7 @@ class Metrics(_Section, frozen=True):
     address: Annotated[
         str,
         _text(
-            "Address the gateway listens on: an IP address or `localhost`. Anything beyond loopback needs "
-            "token_file.",
+            "Address the gateway listens on: an IP address or `localhost`. Anything beyond loopback needs token_file.",
             max_length=64,
         ),
     ] = "127.0.0.1"
@@ -243,12 +235,8 @@ class Metrics(_Section, frozen=True):
 class Logging(_Section, frozen=True):
     """The services' own logs, on standard error."""
 
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], _key("Least severity that is written.")
-    ] = "info"
-    format: Annotated[Literal["json", "text"], _key("`json`: one object a line. `text`: for people.")] = (
-        "json"
-    )
+    level: Annotated[Literal["debug", "info", "warning", "error"], _key("Least severity that is written.")] = "info"
+    format: Annotated[Literal["json", "text"], _key("`json`: one object a line. `text`: for people.")] = "json"
 
 
 class BusSection(_Section, frozen=True):
@@ -291,8 +279,7 @@ class Signals(_Section, frozen=True):
     ring_buffer_size: Annotated[
         int,
         _number(
-            "Size of the ring buffer between kernel and collector: a power of two and a multiple of the page "
-            "size.",
+            "Size of the ring buffer between kernel and collector: a power of two and a multiple of the page size.",
             unit="bytes",
             ge=4096,
             le=1 << 30,
@@ -315,9 +302,9 @@ class Signals(_Section, frozen=True):
     resources: Annotated[Resources, _key("Bounds of memory and caches.")] = Resources()
     metrics: Annotated[Metrics, _key("The gateway.")] = Metrics()
     logging: Annotated[Logging, _key("The services' own logs.")] = Logging()
-    node: Annotated[
-        str, _text("Name of this node in subjects and evidence. Empty: the host name.", max_length=253)
-    ] = ""
+    node: Annotated[str, _text("Name of this node in subjects and evidence. Empty: the host name.", max_length=253)] = (
+        ""
+    )
     state_directory: Annotated[
         str,
         _text(
@@ -435,8 +422,8 @@ def bus_user(signals: Signals, service: str) -> tuple[str, str]:
 
 
 def digest(signals: Signals) -> str:
-    """Return `sha256:<hex>` of the effective configuration: RFC 8785 JSON of every key, defaults included."""
-    return "sha256:" + hashlib.sha256(rfc8785.dumps(msgspec.to_builtins(signals))).hexdigest()
+    """Return `sha256:<hex>` of the effective configuration: JSON of every key, sorted, defaults included."""
+    return "sha256:" + hashlib.sha256(msgspec.json.encode(signals, order="sorted")).hexdigest()
 
 
 def declared() -> list[config_layers.Field]:
@@ -464,9 +451,7 @@ def _read(path: Path) -> bytes:
                 raise ConfigError(f"configuration {path} is not a regular file")
             data = file.read(FILE_MAX_BYTES + 1)
     except OSError as e:
-        raise ConfigError(
-            f"configuration {path}: {e.strerror}", hint="name an existing file with --config"
-        ) from None
+        raise ConfigError(f"configuration {path}: {e.strerror}", hint="name an existing file with --config") from None
     if len(data) > FILE_MAX_BYTES:
         raise ConfigError(f"configuration {path} is larger than {FILE_MAX_BYTES} bytes")
     return data

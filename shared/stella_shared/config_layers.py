@@ -155,9 +155,7 @@ class Merge:
             try:
                 good[name] = msgspec.convert(value, Annotated[kind, meta])
             except msgspec.ValidationError:
-                self._fault(
-                    key, f"{key} is {shown(value)}; allowed: {allowed(kind, meta)}{_advice(kind, value)}"
-                )
+                self._fault(key, f"{key} is {shown(value)}; allowed: {allowed(kind, meta)}{_advice(kind, value)}")
                 continue
             for text in self._checks.get(key, _no_faults)(good[name]):
                 self._fault(key, f"{key} {text}")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import yaml  # type: ignore[import-untyped]  # the package ships no types
+import yaml
 
 from stella_shared.errors import ConfigError
 
 MAX_DEPTH: Final = 16
-_TAGS: Final = frozenset(
-    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
-)
+_TAGS: Final = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 
 
 def parse(data: bytes, origin: str) -> tuple[object, dict[str, int]]:
@@ -29,9 +27,9 @@ def parse(data: bytes, origin: str) -> tuple[object, dict[str, int]]:
     except UnicodeDecodeError as e:
         raise ConfigError(f"{where} not UTF-8 at byte {e.start}".strip()) from None
     lines: dict[str, int] = {}
-    loader = yaml.SafeLoader(text)
     try:
         _refuse_aliases_and_depth(text, where)
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return (None if node is None else _value(loader, node, "", lines, where)), lines
     except yaml.MarkedYAMLError as e:
@@ -40,13 +38,12 @@ def parse(data: bytes, origin: str) -> tuple[object, dict[str, int]]:
         raise ConfigError(f"{line}{e.problem or e.context}".strip()) from None
     except yaml.YAMLError as e:
         raise ConfigError(f"{where} {str(e).splitlines()[0]}".strip()) from None
-    finally:
-        loader.dispose()
 
 
 def _refuse_aliases_and_depth(text: str, where: str) -> None:
     """Look at the events alone, which needs no recursion, before anything is built from them."""
     depth = 0
+    event: Any
     for event in yaml.parse(text, yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:

@@ -216,21 +216,25 @@ def test_a_written_configuration_with_every_comment_taken_away_means_the_default
     assert load_config(None, {}, {"output_directory": "/x/evidence"}) == load_config(path, {})
 
 
-def test_verify_chain_answers_valid_and_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A new chain is valid; a stranger's file in it is a fault: exit code 1."""
+def test_verify_chain_shows_the_answer_and_returns_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chain in which nothing is signed yet is not valid: exit code 1 in text and JSON."""
     path = own_config(tmp_path)
     assert 0 == commands.run(["signals", "init", "--config", str(path)])
     capsys.readouterr()
     words = ["signals", "verify-chain", str(tmp_path / "evidence"), "--config", str(path), "--offline"]
-    assert 0 == commands.run(words)
-    assert capsys.readouterr().out.startswith("Chain Status: ✓ VALID\n")
-    (tmp_path / "evidence" / "000001.ndjson").write_bytes(b"{}\n")
+    assert 1 == commands.run(words)
+    assert capsys.readouterr().out.startswith("Chain Status: ✗ INVALID\n  Error: ")
     assert 1 == commands.run([*words, "--verbose", "--format", "json"])
-    assert json.loads(capsys.readouterr().out)["valid"] is False
+    report = json.loads(capsys.readouterr().out)
+    assert (False, ["unsigned"]) == (report["valid"], [f["code"] for f in report["faults"]])
+    (key,) = report["trusted_keys"]
+    pem = tmp_path / "evidence" / "keys" / f"{key}.pem"
+    assert 1 == commands.run([*words, "--key", str(pem), "--format", "json"])
+    assert [key] == json.loads(capsys.readouterr().out)["trusted_keys"]
     assert 4 == commands.run(["signals", "verify-chain", str(tmp_path / "none")])
     assert 4 == commands.run([*words, "--key", "nothing.pem"])
-    pem = next((tmp_path / "evidence" / "keys").glob("*.pem"))
-    assert 1 == commands.run([*words, "--key", str(pem)])
 
 
 def test_the_reference_page_shows_every_command() -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from importlib import metadata
 
 import anyio
 
 from stella_gateway import access, listener, server, web
 from stella_gateway.board import Board
-from stella_shared import config, lifecycle, log
+from stella_shared import VERSION, config, lifecycle, log
 from stella_shared.config import Signals
 from stella_shared.wire import Beat
 
@@ -30,11 +29,10 @@ async def run(signals: Signals, instance: str = "") -> None:
     token = access.read_token(signals.metrics.token_file, address)
     board = Board(node, {"collector": 1, "enricher": signals.enrichers, "signer": 1}, time.monotonic())
     started_at = time.time()
-    version = _version()
-    make_beat = partial(_beat, instance or node, node, version, started_at, f"http://{address}:{port}")
+    make_beat = partial(_beat, instance or node, node, started_at, f"http://{address}:{port}")
     with server.listen(address, port) as sock, lifecycle.stop_event() as stop:
         logger.info("listening on http://%s:%s", address, port)
-        application = web.make_app(board, token=token, version=version, started_at=started_at)
+        application = web.make_app(board, token=token, version=VERSION, started_at=started_at)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(listener.follow, signals, board, make_beat, stop)
             tasks.start_soon(_tick, board)
@@ -51,23 +49,15 @@ async def _tick(board: Board) -> None:
         await anyio.sleep(1.0)
 
 
-def _beat(instance: str, node: str, version: str, started_at: float, url: str) -> Beat:
+def _beat(instance: str, node: str, started_at: float, url: str) -> Beat:
     return Beat(
         service="gateway",
         instance=instance,
         node=node,
         pid=os.getpid(),
-        version=version,
+        version=VERSION,
         at=time.time(),
         started_at=started_at,
         state="ok",
         detail={"url": url},
     )
-
-
-def _version() -> str:
-    """Return the installed version; "unknown" when run from a source tree."""
-    try:
-        return metadata.version("stella-signals")
-    except metadata.PackageNotFoundError:
-        return "unknown"

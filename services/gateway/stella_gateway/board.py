@@ -133,10 +133,11 @@ class Board:
 
     def tick(self, now: float) -> None:
         """Once a second: note the rate for the history, forget who is long gone."""
-        self._rates.append(self._sum(metrics.EVENTS_RATE, now))
-        lost = self._sum(metrics.DROPS_TOTAL, now)
-        self._losses.append(max(0.0, lost - self._lost_before) if self._lost_before is not None else 0.0)
-        self._lost_before = lost
+        self._rates.append(self._sum(metrics.EVENTS_RATE, now) or 0.0)
+        lost = self._by(metrics.DROPS_TOTAL, "cause", now)
+        total = self._lost_before if lost is None else sum(lost.values())
+        self._losses.append(max(0.0, (total or 0.0) - (self._lost_before or 0.0)))
+        self._lost_before = total
         for who, instance in list(self._instances.items()):
             silent = instance.silent_seconds(now)
             left = instance.beat.state == "stopping" and silent > SILENT_SECONDS
@@ -191,7 +192,9 @@ class Board:
                 except ValueError:
                     continue
                 metric = metrics.CATALOGUE.get(name)
-                if metric and metric.kind != "histogram" and set(labels) == set(metric.labels):
+                if metric is None or metric.kind == "histogram" or instance.beat.service not in metric.producers:
+                    continue
+                if set(labels) == set(metric.labels):
                     yield instance, metric, labels, value
 
     def quantile_seconds(self, name: str, q: float, now: float) -> float | None:
@@ -239,18 +242,26 @@ class Board:
                 "rekor_failures": self._sum(metrics.REKOR_FAILURES, now),
             },
             "probes": self._probes(now),
-            "identity": self._detail("signer", "identity", now),
-            "chain": self._detail("signer", "chain", now),
+            "identity": self._identity(now),
+            "chain": {key: value for key in _CHAIN if (value := self._detail("signer", key, now)) is not None},
             "services": [self._service(i, now) for i in self.all()],
         }
 
-    def _sum(self, name: str, now: float) -> float:
-        return sum(value for _, metric, _, value in self.values(now) if metric.name == name)
+    def _figures(self, name: str, now: float) -> list[float]:
+        return [value for _, metric, _, value in self.values(now) if metric.name == name]
 
-    def _max(self, name: str, now: float) -> float:
-        return max((value for _, metric, _, value in self.values(now) if metric.name == name), default=0.0)
+    def _sum(self, name: str, now: float) -> float | None:
+        """Return the sum over all live instances; None when none tells: that is not the same as 0."""
+        return sum(figures) if (figures := self._figures(name, now)) else None
 
-    def _by(self, name: str, label: str, now: float) -> dict[str, float]:
+    def _max(self, name: str, now: float) -> float | None:
+        return max(self._figures(name, now), default=None)
+
+    def _by(self, name: str, label: str, now: float) -> dict[str, float] | None:
+        """Return sums by label; None when no producer is alive."""
+        producer = metrics.CATALOGUE[name].producers[0]
+        if not any(i.beat.service == producer for i in self.live(now)):
+            return None
         sums: dict[str, float] = {}
         for _, metric, labels, value in self.values(now):
             if metric.name == name:
@@ -263,10 +274,20 @@ class Board:
 
     def _detail(self, service: str, key: str, now: float) -> object:
         """Return what a service says under `key` in its beats' detail; None when it is silent about it."""
-        found = [
-            i.beat.detail[key] for i in self.live(now) if i.beat.service == service and key in i.beat.detail
-        ]
+        found = [i.beat.detail[key] for i in self.live(now) if i.beat.service == service and key in i.beat.detail]
         return found[0] if found else None
+
+    def _identity(self, now: float) -> dict[str, float] | None:
+        """Return recorded, filtered and lost since the services' starts; None while one of them is unknown.
+
+        The statements hold the exact identity, chunk by chunk; here numbers in flight are not yet in any of them.
+        """
+        recorded = self._sum(metrics.LINES_TOTAL, now)
+        filtered = self._by(metrics.FILTERED_TOTAL, "cause", now)
+        lost = self._by(metrics.DROPS_TOTAL, "cause", now)
+        if recorded is None or filtered is None or lost is None:
+            return None
+        return {"recorded": recorded, "filtered": sum(filtered.values()), "lost": sum(lost.values())}
 
     def _probes(self, now: float) -> list[dict[str, object]]:
         """Return each probe: attached or not by the metric; switched on, reason and fix by the detail."""
@@ -303,5 +324,7 @@ _LATENCIES: Final = {
     "kernel_to_line": metrics.KERNEL_TO_LINE_LATENCY_SECONDS,
     "durable": metrics.DURABLE_LATENCY_SECONDS,
 }
+#: What a signer says of its chain.
+_CHAIN: Final = ("chain_id", "index", "last_statement_sha256", "open_lines", "open_bytes", "key_hint")
 #: What a collector may say of a probe beside its name, and what holds when it does not.
 _PROBE_DETAIL: Final[dict[str, object]] = {"wanted": True, "attach_point": "", "reason": "", "fix": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +17,8 @@ from stella_shared.errors import ConfigError, NotPermitted, TryAgain
 from stella_shared.wire import Beat
 
 _AGAIN_SECONDS: Final = 1.0
+#: A connection attempt that takes longer than this is told as a failure, and made anew.
+_PATIENCE_SECONDS: Final = 3.0
 
 
 async def follow(signals: Signals, board: Board, make_beat: Callable[[], Beat], stop: anyio.Event) -> None:
@@ -24,14 +27,18 @@ async def follow(signals: Signals, board: Board, make_beat: Callable[[], Beat], 
     while not stop.is_set():
         try:
             user, password = config.bus_user(signals, "gateway")
-            async with (
-                Bus.connect(url, name="gateway", user=user, password=password, patience_seconds=0.0) as bus,
-                anyio.create_task_group() as tasks,
-            ):
-                tasks.start_soon(_listen, bus, board)
-                tasks.start_soon(_watch, bus, board)
-                await lifecycle.beating(bus, make_beat, stop)
-                tasks.cancel_scope.cancel()
+            with anyio.move_on_after(_PATIENCE_SECONDS) as patience:
+                async with (
+                    Bus.connect(url, name="gateway", user=user, password=password, patience_seconds=0.0) as bus,
+                    anyio.create_task_group() as tasks,
+                ):
+                    patience.deadline = math.inf
+                    tasks.start_soon(_listen, bus, board)
+                    tasks.start_soon(_watch, bus, board)
+                    await lifecycle.beating(bus, make_beat, stop)
+                    tasks.cancel_scope.cancel()
+            if patience.cancelled_caught:
+                raise TryAgain(f"no NATS server answers at {url}")
         except (TryAgain, NotPermitted, ConfigError) as e:
             board.bus_is("failed", str(e))
             with anyio.move_on_after(_AGAIN_SECONDS):
@@ -46,8 +53,11 @@ async def _listen(bus: Bus, board: Board) -> None:
 async def _watch(bus: Bus, board: Board) -> None:
     while True:
         try:
-            await bus.ping()
+            if not bus.connected:
+                raise TryAgain("the connection to the NATS server is lost; trying again")
+            with anyio.fail_after(_PATIENCE_SECONDS):
+                await bus.ping()
             board.bus_is("ok")
-        except TryAgain as e:
-            board.bus_is("failed", str(e))
+        except (TryAgain, TimeoutError) as e:
+            board.bus_is("failed", str(e) or "the NATS server does not answer")
         await anyio.sleep(_AGAIN_SECONDS)

@@ -29,18 +29,14 @@ def make_app(board: Board, *, token: str, version: str, started_at: float) -> Fa
     @app.middleware("http")
     async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
         peer = request.client.host if request.client else ""
-        answer = access.judge(
-            peer, request.headers.get("host", ""), request.headers.get("authorization", ""), token
-        )
+        answer = access.judge(peer, request.headers.get("host", ""), request.headers.get("authorization", ""), token)
         if answer is access.Answer.ALLOWED:
             response = await forward(request)
         else:
             code, reason = answer.value
             response = _json({"error": reason}, code)
             if code == 401:
-                response.headers["WWW-Authenticate"] = (
-                    'Bearer, Basic realm="stella, any user, token as password"'
-                )
+                response.headers["WWW-Authenticate"] = 'Bearer, Basic realm="stella, any user, token as password"'
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"

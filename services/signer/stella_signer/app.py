@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 import anyio
 import anyio.to_thread
 
-from stella_shared import clock, config, lifecycle, log, metrics, subjects
+from stella_shared import VERSION, clock, config, lifecycle, log, metrics, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals
 from stella_shared.errors import BrokenPromise, StellaError, TryAgain
@@ -46,13 +45,6 @@ MAX_MESSAGES: Final = 1024
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 #: A chunk with more coverage documents than this is closed early.
 MAX_COVERAGES: Final = 256
-
-
-def _version() -> str:
-    try:
-        return metadata.version("stella-signals")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def _utc_now() -> str:
@@ -106,9 +98,7 @@ class Signer:
         user, password = config.bus_user(self._signals, SERVICE)
         url = config.bus_url(self._signals)
         for attempt in range(30):
-            connecting = Bus.connect(
-                url, name=SERVICE, user=user, password=password, patience_seconds=RETRY_SECONDS
-            )
+            connecting = Bus.connect(url, name=SERVICE, user=user, password=password, patience_seconds=RETRY_SECONDS)
             try:
                 return await stack.enter_async_context(connecting)
             except TryAgain:
@@ -159,7 +149,7 @@ class Signer:
         opened: list[ChunkStore] = []
 
         def work() -> None:
-            opened.append(ChunkStore.open(where, key, version=_version(), now=_utc_now))
+            opened.append(ChunkStore.open(where, key, version=VERSION, now=_utc_now))
 
         # A signer that was killed may still hold the lock for a moment.
         while not opened:
@@ -182,9 +172,7 @@ class Signer:
 
     # -- the work --------------------------------------------------------------------------------------
 
-    async def _keep(
-        self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event
-    ) -> None:
+    async def _keep(self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event) -> None:
         """Take messages, make them durable, acknowledge them; until stopped and drained, or out of time."""
         while True:
             self._tell(store, intake)
@@ -199,9 +187,7 @@ class Signer:
             if reason := self._rotation(store):
                 await self._durable(functools.partial(store.close, reason))
                 self._opened_at = anyio.current_time()
-            if stop.is_set() and (
-                anyio.current_time() > self._stop_by or await self._drained(work, store, intake)
-            ):
+            if stop.is_set() and (anyio.current_time() > self._stop_by or await self._drained(work, store, intake)):
                 while last := at_the_end(store.account):
                     await self._commit(store, intake, last)
                 return
@@ -329,7 +315,7 @@ class Signer:
             self._instance,
             self._node,
             os.getpid(),
-            _version(),
+            VERSION,
             time.time(),
             self._started_at,
             self._state,

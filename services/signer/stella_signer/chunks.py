@@ -21,7 +21,6 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, Final
 
-
 from stella_shared.errors import ConfigError, TryAgain
 from stella_shared.evidence import canonical, dsse, merkle, names, records, statement
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
@@ -313,9 +312,7 @@ class ChunkStore:
         digest = self._hash.copy()
         digest.update(data)
         lines = self._tree.size + data.count(b"\n")
-        entry = journal.frame(
-            journal.Commit(self.bytes + len(data), lines, digest.digest(), self._now(), steps)
-        )
+        entry = journal.frame(journal.Commit(self.bytes + len(data), lines, digest.digest(), self._now(), steps))
         self._dirty = True
         if data:
             self._disk.write(self._data, data)
@@ -355,9 +352,7 @@ class ChunkStore:
         self._dirty = True
 
     def _write_opening(self) -> None:
-        opening = journal.frame(
-            journal.Opening(records.FORMAT, self.chain_id, self._index, self._opened)
-        )
+        opening = journal.frame(journal.Opening(records.FORMAT, self.chain_id, self._index, self._opened))
         self._disk.truncate(self._journal, 0)
         self._disk.write(self._journal, opening)
         self._disk.sync(self._journal)

@@ -56,9 +56,7 @@ class _Parts(Generic[T]):
 class Intake(Generic[T]):
     """Puts parts together.  `is_settled(run, number)` and `boot_of(run)` answer for what is in the evidence."""
 
-    def __init__(
-        self, node: str, is_settled: Callable[[str, int], bool], boot_of: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, node: str, is_settled: Callable[[str, int], bool], boot_of: Callable[[str], str | None]) -> None:
         self._node = node
         self._is_settled = is_settled
         self._boot_of = boot_of
@@ -126,9 +124,7 @@ class Intake(Generic[T]):
         lines = sum(head.lines for head in parts.heads.values())
         recorded = sum(row.recorded for row in ledger.lanes)
         if lines != recorded:
-            self.last_refusal = (
-                f"run {first.run} batch {first.number}: {lines} lines, but its ledger says {recorded}"
-            )
+            self.last_refusal = f"run {first.run} batch {first.number}: {lines} lines, but its ledger says {recorded}"
             # The ledger is honest and the lines are not all there: none is kept, and all are counted.
             ledger, body, lines = _all_lost(ledger), b"", 0
         step = Settle(
@@ -196,8 +192,6 @@ def _coverage_fault(text: str) -> str:
 def _all_lost(ledger: Ledger) -> Ledger:
     """Return the ledger with every recorded number lost instead, cause `signer`."""
     recorded = sum(row.recorded for row in ledger.lanes)
-    rows = [
-        msgspec.structs.replace(row, recorded=0, lost=row.lost + row.recorded) for row in ledger.lanes
-    ]
+    rows = [msgspec.structs.replace(row, recorded=0, lost=row.lost + row.recorded) for row in ledger.lanes]
     lost = {**ledger.lost, "signer": ledger.lost.get("signer", 0) + recorded}
     return msgspec.structs.replace(ledger, lanes=rows, lost=lost)

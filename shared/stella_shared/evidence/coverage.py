@@ -58,7 +58,9 @@ def read(document: Any) -> Monitor:
     return Monitor(
         collector_version=_text(top, "collector_version"),
         config_sha256=_text(top, "config_sha256").removeprefix("sha256:"),
-        probes=[Probe(_text(row, "name"), row.get("attached") is True) for row in rows[:_PROBES_MAX] if _text(row, "name")],
+        probes=[
+            Probe(_text(row, "name"), row.get("attached") is True) for row in rows[:_PROBES_MAX] if _text(row, "name")
+        ],
         bpf_object_sha256=_text(top, "bpf_object_sha256").removeprefix("sha256:"),
         btf=Btf(_text(btf, "source"), _text(btf, "sha256").removeprefix("sha256:")),
         kernel_release=_text(top, "kernel_release"),

@@ -1,8 +1,8 @@
 """Keys: ECDSA P-256, known by the SHA-256 of their SubjectPublicKeyInfo in DER.
 
-    state_directory/keys/signing.key    PKCS#8 PEM, 0600: read by the signer alone
-    state_directory/keys/trusted.json   the key ids whose signatures count here, with their validity
-    evidence/keys/<key id>.pem          public keys: for whoever verifies; they prove nothing by lying there
+state_directory/keys/signing.key    PKCS#8 PEM, 0600: read by the signer alone
+state_directory/keys/trusted.json   the key ids whose signatures count here, with their validity
+evidence/keys/<key id>.pem          public keys: for whoever verifies; they prove nothing by lying there
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def create_local_key(state_directory: Path, disk: Disk | None = None) -> ec.Elli
     if path.exists():
         raise ConfigError(f"{path} exists already", hint="a signing key is never overwritten: move it away first")
     key = ec.generate_private_key(ec.SECP256R1())
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (disk or Disk()).put(path, pem, 0o600)
     return key
 

@@ -60,9 +60,7 @@ class Reader:
 
     def digest(self) -> Digest:
         """Return what was read so far."""
-        return Digest(
-            self._bytes, self._tree.size, self._hash.hexdigest(), self._tree.root().hex(), not self._rest
-        )
+        return Digest(self._bytes, self._tree.size, self._hash.hexdigest(), self._tree.root().hex(), not self._rest)
 
 
 class LineFault(msgspec.Struct, frozen=True):
@@ -118,9 +116,7 @@ class LineChecker:
             self._fault("spliced", f"line {self._line} is of node {node!r}, boot {boot!r}")
         first, after = self._ranges.get((name, lane), (0, 0))
         if not first <= number < after:
-            self._fault(
-                "identity_broken", f"line {self._line}: lane {lane} seq {number} is outside [{first}, {after})"
-            )
+            self._fault("identity_broken", f"line {self._line}: lane {lane} seq {number} is outside [{first}, {after})")
             return
         self._numbers[name, lane].append(number)
 

@@ -237,7 +237,9 @@ def continuity_faults(before: Standing, ledger: Ledger, *, may_pick_up: bool) ->
         at = {row.lane: row.next for row in old.lanes} if old else {}
         pick_up = may_pick_up and old is None
         if run.first_batch != (old.next_batch if old else 0) and not pick_up:
-            faults.append(f"run {run.run} continues at batch {run.first_batch}, {old.next_batch if old else 0} was next")
+            faults.append(
+                f"run {run.run} continues at batch {run.first_batch}, {old.next_batch if old else 0} was next"
+            )
         if run.next_batch < run.first_batch:
             faults.append(f"run {run.run} goes back from batch {run.first_batch} to {run.next_batch}")
         for row in run.lanes:

@@ -136,9 +136,7 @@ def build(ledger: Ledger, ledger_sha256: str, context: Context) -> Statement:
         [Subject(names.chunk_file(ledger.index, names.DATA), {"sha256": ledger.sha256})],
         PREDICATE_TYPE,
         Predicate(
-            ChainLink(
-                ledger.chain_id, ledger.index, context.previous, context.manifest_sha256, context.predecessor
-            ),
+            ChainLink(ledger.chain_id, ledger.index, context.previous, context.manifest_sha256, context.predecessor),
             Events(ledger.lines, ledger.bytes, ledger.merkle_root),
             msgspec.structs.replace(ledger.window, boots=ledger.window.boots[-_BOOTS_MAX:]),
             StatedAccounting(

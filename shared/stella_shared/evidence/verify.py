@@ -10,6 +10,7 @@ them all.  The evidence may be written to meanwhile: the head is read first, the
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Final
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from stella_shared.errors import ConfigError, NotFound, NotPermitted, UsageError
+from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted, UsageError
 from stella_shared.evidence import archive, canonical, dsse, keys, names, records, report, statement
 from stella_shared.evidence.disk import TMP_SUFFIX
 from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
@@ -60,6 +61,8 @@ def verify_chain(
         raise NotPermitted(
             f"{e.filename or path}: {e.strerror}", hint="run as the owner of the evidence, or as root"
         ) from None
+    except OSError as e:
+        raise BadAnswer(f"{e.filename or path} cannot be read: {e.strerror}", hint="check the disk") from None
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -195,7 +198,7 @@ class _Walk:
         for name in sorted(entry.name for entry in directory.iterdir()):
             shown = f"{names.KEYS}/{name}"
             identity = names.parse_key_file(name)
-            if identity is None:
+            if identity is None or (directory / name).is_symlink():
                 if not self._left_over(name, names.parse_key_file(name.removesuffix(TMP_SUFFIX)), shown):
                     self._fault("inserted", None, f"{shown} is no public key's name")
                 continue
@@ -269,9 +272,7 @@ class _Walk:
         needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
         for kind in sorted(needed - files):
             self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing")
-        stated, statement_sha256, key_id = (
-            self._envelope(index) if names.ENVELOPE in files else (None, "", "")
-        )
+        stated, statement_sha256, key_id = self._envelope(index) if names.ENVELOPE in files else (None, "", "")
         ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
         checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
@@ -319,7 +320,9 @@ class _Walk:
         key = self._keys.get(opened.key_id)
         if self._trusted and opened.key_id not in self._trusted:
             self._fault(
-                "unknown_key", index, f"signed with key sha256:{opened.key_id[:64]}, which is not trusted",
+                "unknown_key",
+                index,
+                f"signed with key sha256:{opened.key_id[:64]}, which is not trusted",
                 hint=f"if you know this key: --key sha256:{opened.key_id[:64]}",
             )
         if key is None:
@@ -454,9 +457,7 @@ class _Walk:
 
     def _check_end(self, head: Head | None) -> None:
         if not self._last_signed:
-            self._fault(
-                "unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts"
-            )
+            self._fault("unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts")
         elif not self._trusted:
             found = sorted({c.key_id for c in self._chunks if c.key_id})
             self._fault(
@@ -517,7 +518,9 @@ class _Walk:
 
 
 def _read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return a file's bytes.  Raises `ValueError` when it is longer than `limit`."""
+    """Return a file's bytes.  Raises `ValueError` when it is no regular file, or longer than `limit`."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no regular file")
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -546,9 +549,7 @@ def _context(stated: Statement) -> statement.Context:
     )
 
 
-def _chunk_report(
-    index: int, status: str, ledger: Ledger | None, key_id: str, statement_sha256: str
-) -> ChunkReport:
+def _chunk_report(index: int, status: str, ledger: Ledger | None, key_id: str, statement_sha256: str) -> ChunkReport:
     if ledger is None:
         return ChunkReport(index, status, key_id=key_id, statement_sha256=statement_sha256)
     return ChunkReport(
@@ -564,5 +565,3 @@ def _chunk_report(
         statement_sha256,
         records.accounting(ledger),
     )
-
-

@@ -1,0 +1,1 @@
+"""Figures of the whole system on this machine: `make bench`."""

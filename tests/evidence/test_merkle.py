@@ -1,0 +1,126 @@
+"""The Merkle tree, the envelope, canonical JSON and file names: the format's small parts."""
+
+from __future__ import annotations
+
+import base64
+import json
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stella_shared.errors import BrokenPromise
+from stella_shared.evidence import canonical, dsse, merkle, names
+
+# Leaves and roots of the test vectors that certificate-transparency implementations share (RFC 6962).
+_LEAVES = [bytes.fromhex(h) for h in (
+    "", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f",
+)]  # fmt: skip
+_ROOTS = [
+    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
+    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
+    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
+    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
+]
+
+
+def naive_root(lines: list[bytes]) -> bytes:
+    """RFC 6962 section 2.1, word for word."""
+    if not lines:
+        return sha256(b"").digest()
+    if len(lines) == 1:
+        return sha256(b"\0" + lines[0]).digest()
+    k = 1
+    while k * 2 < len(lines):
+        k *= 2
+    return sha256(b"\1" + naive_root(lines[:k]) + naive_root(lines[k:])).digest()
+
+
+def test_the_shared_vectors_hold() -> None:
+    """The frontier's roots are those of RFC 6962 implementations elsewhere."""
+    tree = merkle.Frontier()
+    for leaf, root in zip(_LEAVES, _ROOTS, strict=True):
+        tree.add(merkle.leaves([leaf]))
+        assert root == tree.root().hex()
+
+
+@given(st.lists(st.binary(max_size=8), max_size=130), st.lists(st.integers(0, 40), max_size=8))
+def test_any_cut_of_the_lines_gives_the_recursive_root(lines: list[bytes], cuts: list[int]) -> None:
+    """Added in pieces of any size, lines give the root of the definition."""
+    tree = merkle.Frontier()
+    rest = list(lines)
+    for cut in [*cuts, len(rest)]:
+        tree.add(merkle.leaves(rest[:cut]))
+        rest = rest[cut:]
+    assert naive_root(lines) == tree.root()
+    assert len(lines) == tree.size
+
+
+def test_pae_is_the_one_of_the_specification() -> None:
+    """The specification's own example."""
+    assert dsse.pae("http://example.com/HelloWorld", b"hello world") == (
+        b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    )
+
+
+@given(st.binary(max_size=300), st.binary(min_size=1, max_size=80))
+def test_envelopes_come_back(payload: bytes, signature: bytes) -> None:
+    """What is sealed opens to the same."""
+    opened = dsse.open_envelope(dsse.seal(payload, "ab" * 32, signature))
+    assert (payload, "ab" * 32, signature) == (opened.payload, opened.key_id, opened.signature)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e | {"extra": 1},
+        lambda e: e | {"payloadType": "text/plain"},
+        lambda e: e | {"signatures": e["signatures"] * 2},
+        lambda e: e | {"signatures": []},
+        lambda e: e | {"payload": e["payload"].rstrip("=")},
+        lambda e: e | {"payload": base64.b64encode(b"x").decode()[:1] + "B=="},
+        lambda e: e | {"payload": 7},
+    ],
+)
+def test_envelopes_of_another_form_are_refused(change: object) -> None:
+    """One signature, our payload type, strict base64, nothing more."""
+    envelope = json.loads(dsse.seal(b"payload", "ab" * 32, b"sig"))
+    with pytest.raises(ValueError, match="."):
+        dsse.open_envelope(canonical.dumps(change(envelope)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("text", [b'{"a": 1}', b'{"b":1,"a":2}', b'{"a":1,"a":1}', b'{"a":1.0}', b'{"a":"\\u0061"}'])
+def test_only_the_canonical_text_loads(text: bytes) -> None:
+    """Spacing, key order, doubled keys, number and escape forms: one text alone is accepted."""
+    with pytest.raises(ValueError, match="^not canonical"):
+        canonical.loads(text, dict)
+
+
+def test_large_integers_travel_as_text() -> None:
+    """Beyond 2^53-1 a JSON number is not exact everywhere."""
+    assert canonical.dumps({"n": 2**53 - 1, "o": 2**53}) == b'{"n":9007199254740991,"o":"9007199254740992"}'
+
+
+def test_what_json_cannot_hold_is_refused() -> None:
+    """A broken promise, not a guess."""
+    with pytest.raises(BrokenPromise):
+        canonical.dumps({"n": float("nan")})
+
+
+@given(st.integers(1, 10**9), st.sampled_from(names.KINDS))
+def test_chunk_names_come_back(index: int, kind: str) -> None:
+    """A name parses to what made it."""
+    assert names.ChunkFile(index, kind) == names.parse_chunk_file(names.chunk_file(index, kind))
+
+
+@pytest.mark.parametrize(
+    "name", ["1.ndjson", "000000.ndjson", "0000001.ndjson", "000001.ndjson.tmp", "000001.txt", "000001.ndjson\n", "x"]
+)
+def test_other_names_are_no_chunk(name: str) -> None:
+    """Only the one spelling of an index is a chunk's name."""
+    assert names.parse_chunk_file(name) is None
