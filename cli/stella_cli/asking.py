@@ -100,10 +100,7 @@ def _verbose(settings: Settings, body: Mapping[str, Any]) -> None:
         click.echo()
         console.table(
             ["probe", "attached", "reason"],
-            [
-                [str(p.get("probe")), "yes" if p.get("attached") else "no", str(p.get("reason", ""))]
-                for p in probes
-            ],
+            [[str(p.get("probe")), "yes" if p.get("attached") else "no", str(p.get("reason", ""))] for p in probes],
         )
     shown = ("queues", "latency_ms", "identity", "chain")
     flat = {name: value for key in shown for name, value in _flat(key, body.get(key))}

@@ -68,9 +68,7 @@ def _everywhere(function: _F) -> _F:
 
 
 def _format(*choices: str, default: str = "text") -> Callable[[_F], _F]:
-    return click.option(
-        "--format", "form", type=click.Choice(choices), help=f"Output form. Without it: {default}."
-    )
+    return click.option("--format", "form", type=click.Choice(choices), help=f"Output form. Without it: {default}.")
 
 
 def _settings(**overrides: object) -> Any:

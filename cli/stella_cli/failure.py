@@ -44,9 +44,7 @@ RUNBOOK_SECTIONS: Final = {
 
 def wants_json(args: list[str]) -> bool:
     """Return whether the command line asks for JSON.  Looks at the bare words: they may be wrong."""
-    return "--format=json" in args or any(
-        a == "--format" and b == "json" for a, b in itertools.pairwise(args)
-    )
+    return "--format=json" in args or any(a == "--format" and b == "json" for a, b in itertools.pairwise(args))
 
 
 def tell(message: str, *, exit_code: int, kind: str, hint: str = "", runbook: str = "", as_json: bool) -> int:

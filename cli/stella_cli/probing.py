@@ -35,9 +35,7 @@ def run(settings: Settings, *, as_json: bool) -> None:
     if settings.path is not None:
         command += ["--config", str(settings.path)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, env=dict(os.environ), timeout=LIMIT_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, env=dict(os.environ), timeout=LIMIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise TryAgain(f"the collector did not report within {LIMIT_SECONDS:.0f} s") from None
     rows = _rows(done)

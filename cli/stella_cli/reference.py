@@ -228,18 +228,14 @@ def _field_table(definition: dict[str, Any]) -> list[str]:
             (c["description"] for c in content.get("anyOf", ()) if "description" in c), ""
         )
         always = "yes" if name in required else "no"
-        rows.append(
-            f"| `{name}` | {_schema_type(content)} | {always} | {meaning.replace('|', chr(92) + '|')} |"
-        )
+        rows.append(f"| `{name}` | {_schema_type(content)} | {always} | {meaning.replace('|', chr(92) + '|')} |")
     return [*rows, ""]
 
 
 def _schema_type(content: dict[str, Any]) -> str:
     """Return a JSON Schema type in short words."""
     if "anyOf" in content:
-        return " or ".join(
-            dict.fromkeys(_schema_type(c) for c in content["anyOf"] if c.get("type") != "null")
-        )
+        return " or ".join(dict.fromkeys(_schema_type(c) for c in content["anyOf"] if c.get("type") != "null"))
     if "enum" in content:
         return ", ".join(f"`{json.dumps(value)}`" for value in content["enum"])
     if "$ref" in content:

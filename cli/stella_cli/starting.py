@@ -97,9 +97,7 @@ def _demo_ring() -> Path:
         ring = Path(folder) / "demo.ring"
         if ring.is_file():
             return ring
-    raise NotFound(
-        "the recorded events of the demo are not installed", hint="pip install 'stella-signals[all]'"
-    )
+    raise NotFound("the recorded events of the demo are not installed", hint="pip install 'stella-signals[all]'")
 
 
 def _require_capabilities() -> None:

@@ -250,9 +250,8 @@ class Supervisor:
                 part.log.bound()
                 began = time.monotonic()
                 part.beat = None
-                part.child = Child(
-                    part.command, log=part.log.path, env=self.plan.env, keep=_KEEP.get(part.service)
-                )
+                env = {**self.plan.env, **(nats_server.ENVIRONMENT if part.service == "nats" else {})}
+                part.child = Child(part.command, log=part.log.path, env=env, keep=_KEEP.get(part.service))
                 if part.state != "restarting":
                     part.state = "starting"
                 self._write_node_file()
@@ -352,17 +351,15 @@ class Supervisor:
         await self._end("nats")
 
     async def _end(self, service: str) -> None:
-        parts = [p for p in self.parts if p.service == service and p.child is not None]
-        for part in parts:
+        pairs = [(p, p.child) for p in self.parts if p.service == service and p.child is not None]
+        for part, child in pairs:
             part.stop.set()
-            assert part.child is not None
-            part.child.send(signal.SIGTERM)
+            child.send(signal.SIGTERM)
         with anyio.move_on_after(STOP_SECONDS):
-            await _all_or(self._hurry, [p.gone for p in parts])
-        for part in parts:
+            await _all_or(self._hurry, [part.gone for part, _ in pairs])
+        for part, child in pairs:
             if not part.gone.is_set():
-                assert part.child is not None
-                part.child.send(signal.SIGKILL)
+                child.send(signal.SIGKILL)
                 self.killed.append(part.name)
                 if not self._hurry.is_set():
                     self._say("warning", f"{part.name} did not end in {STOP_SECONDS:.0f} s and was killed")

@@ -17,9 +17,7 @@ from stella_shared.evidence.store import HEAD
 from stella_shared.evidence.verify import verify_chain
 
 
-def run(
-    path: Path, *, config: str | None, target: str | None, keys: list[str], verbose: bool, as_json: bool
-) -> int:
+def run(path: Path, *, config: str | None, target: str | None, keys: list[str], verbose: bool, as_json: bool) -> int:
     """Print the answer about `path`; return the exit code: 0 valid, 1 invalid."""
     trusted, head = _trust(path, config, target, keys)
     with _progress() as progress:
@@ -33,9 +31,7 @@ def run(
     return 0 if report.valid else 1
 
 
-def _trust(
-    path: Path, config: str | None, target: str | None, keys: list[str]
-) -> tuple[set[str] | None, Path | None]:
+def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) -> tuple[set[str] | None, Path | None]:
     """Return the keys to trust and the head to compare with; None asks the state beside the evidence."""
     if keys:
         return {_key_id(key) for key in keys}, None

@@ -131,7 +131,7 @@ class Work:
                 with contextlib.suppress(TryAgain, nats.errors.Error, asyncio.TimeoutError):
                     await self._bus.ensure_streams()
                     await self._ensure_consumer()
-            except (nats.errors.Error, asyncio.TimeoutError):
+            except (TimeoutError, nats.errors.Error):
                 continue
 
     async def get(self, max_messages: int, linger_seconds: float) -> list[Message]:
@@ -271,7 +271,7 @@ class Bus:
                     await self._js.add_stream(config)
                 else:
                     await self._js.update_stream(config)
-            except (nats.errors.Error, asyncio.TimeoutError) as e:
+            except (TimeoutError, nats.errors.Error) as e:
                 raise TryAgain(f"stream {config.name}: {e or type(e).__name__}") from None
 
     async def publish(
@@ -312,7 +312,7 @@ class Bus:
             try:
                 await work._start()
                 break
-            except (TryAgain, nats.errors.Error, asyncio.TimeoutError) as e:
+            except (TimeoutError, TryAgain, nats.errors.Error) as e:
                 # The streams are made by whoever starts the node, perhaps a moment from now.
                 if asyncio.get_running_loop().time() > deadline:
                     raise TryAgain(f"stream {stream} is not there: {e or type(e).__name__}") from None
@@ -330,7 +330,7 @@ class Bus:
     async def _info(self, stream: str, durable: str) -> Any:
         try:
             return await self._js.consumer_info(stream, durable, timeout=2.0)
-        except (nats.errors.Error, asyncio.TimeoutError, OSError) as e:
+        except (TimeoutError, nats.errors.Error, OSError) as e:
             raise TryAgain(f"consumer {durable} of {stream}: {e or type(e).__name__}") from None
 
     async def lag_bytes(self, stream: str, durable: str) -> int:
@@ -344,7 +344,7 @@ class Bus:
             info = await self._js.consumer_info(stream, durable, timeout=2.0)
         except nats.js.errors.NotFoundError:
             return 0
-        except (nats.errors.Error, asyncio.TimeoutError, OSError) as e:
+        except (TimeoutError, nats.errors.Error, OSError) as e:
             raise TryAgain(f"stream {stream}: {e or type(e).__name__}") from None
         waiting = int(info.num_pending or 0) + int(info.num_ack_pending or 0)
         return int(state.bytes * min(1.0, waiting / state.messages)) if state.messages else 0

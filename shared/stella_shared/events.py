@@ -93,7 +93,7 @@ class _Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_
     """What happened.  `type` says which of the kinds below."""
 
 
-class FileOpen(_Event, tag="file_open"):
+class FileOpen(_Event, frozen=True, tag="file_open"):
     """A file was opened, or the attempt was refused: `result` says which."""
 
     access: Annotated[
@@ -110,15 +110,15 @@ class FileOpen(_Event, tag="file_open"):
         ),
     ]
     result: Annotated[int, Meta(description="File descriptor, or -errno when the open was refused.")]
-    dfd: Annotated[int, Meta(description="Directory descriptor a relative path starts from; -100 is the cwd.")] | None = (
-        None
-    )
+    dfd: (
+        Annotated[int, Meta(description="Directory descriptor a relative path starts from; -100 is the cwd.")] | None
+    ) = None
     path: Annotated[str, Meta(description="The path as the caller wrote it.")] | None = None
     path_reason: Annotated[str, Meta(description="Why there is no path.")] | None = None
     resolve: Annotated[int, Meta(ge=0, description="openat2(2) resolve flags, when any.")] | None = None
 
 
-class ProcessExec(_Event, tag="process_exec"):
+class ProcessExec(_Event, frozen=True, tag="process_exec"):
     """A process began to run a program."""
 
     argv: Annotated[list[str], Meta(description="Arguments, the first 2,048 bytes of them.")]
@@ -132,7 +132,7 @@ class ProcessExec(_Event, tag="process_exec"):
     interpreter: Annotated[str, Meta(description="What runs it, when `filename` is a script.")] | None = None
 
 
-class TcpState(_Event, tag="tcp_state"):
+class TcpState(_Event, frozen=True, tag="tcp_state"):
     """A TCP socket changed its state."""
 
     attribution: Annotated[
@@ -160,7 +160,7 @@ class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     symbol: Annotated[str, Meta(description="`addr:0x…` where the frame belongs to no known file.")] | None = None
 
 
-class NetConnect(_Event, tag="net_connect"):
+class NetConnect(_Event, frozen=True, tag="net_connect"):
     """A process called connect(2), or took a connection with accept(2): `result` says how it ended."""
 
     address_source: Annotated[
@@ -180,7 +180,7 @@ class NetConnect(_Event, tag="net_connect"):
     stack: list[StackFrame] | None = None
 
 
-class SslOp(_Event, tag="ssl_op"):
+class SslOp(_Event, frozen=True, tag="ssl_op"):
     """A TLS library moved plaintext.  How much, never what."""
 
     bytes: Annotated[int, Meta(ge=0, description="Plaintext bytes moved; 0 when the call failed.")]
@@ -304,7 +304,7 @@ def _file_open(body: bytes) -> FileOpen:
     if flags & 0o10000000:
         access = "path"
     else:
-        access = ("read", "write", "read_write", "read_write")[flags & 3]  # type: ignore[assignment]
+        access = ("read", "write", "read_write", "read_write")[flags & 3]
     path = None if status == _STATUS_FAULT else text(_cut(body, FILE_OPEN_BODY.size, length))
     return FileOpen(
         access=access,
@@ -354,7 +354,7 @@ def _tcp_state(body: bytes) -> TcpState:
     family, sport, dport, old, new, source, destination, attribution, _ = TCP_STATE_BODY.unpack_from(body)
     name: Literal["ipv4", "ipv6", "other"] = {_AF_INET: "ipv4", _AF_INET6: "ipv6"}.get(family, "other")  # type: ignore[assignment]
     return TcpState(
-        attribution=_ATTRIBUTIONS[attribution if attribution < len(_ATTRIBUTIONS) else 0],  # type: ignore[arg-type]
+        attribution=_ATTRIBUTIONS[attribution if attribution < len(_ATTRIBUTIONS) else 0],
         destination_address=address_text(family, destination),
         destination_port=dport,
         family=name,

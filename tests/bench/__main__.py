@@ -103,7 +103,9 @@ def run(program: Path, rate: int, seconds: float, ring: int, enrichers: int) -> 
             after = beats(node)
             node.stop()
             report = node.verify()
-            recorded = sum(1 for path in node.evidence.glob("*.ndjson") for line in path.open("rb") if b"stella-bench" in line)
+            recorded = sum(
+                1 for path in node.evidence.glob("*.ndjson") for line in path.open("rb") if b"stella-bench" in line
+            )
             lost: dict[str, int] = {}
             for ledger in node.ledgers():
                 for cause, n in ledger["lost"].items():
@@ -152,7 +154,11 @@ def baseline(program: Path) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     parts = ["nats", "collector", "enricher", "signer", "gateway", "supervisor"]
-    out = ["| asked/s | made/s | lost | lag s | line p50 / p99 ms | durable p50 / p99 ms | CPU µs/event: " + " / ".join(parts) + " | all | generator ns/open |"]
+    out = [
+        "| asked/s | made/s | lost | lag s | line p50 / p99 ms | durable p50 / p99 ms | CPU µs/event: "
+        + " / ".join(parts)
+        + " | all | generator ns/open |"
+    ]
     out.append("|" + "---|" * 9)
     for r in rows:
         shares = [sum(v for n, v in r["cpu_us"].items() if n.startswith(p)) for p in parts]
@@ -185,7 +191,9 @@ def main() -> int:
     print(table(rows))
     if args.unthrottled:
         seen = rows[-1]["generator_ns"]
-        print(f"\nunthrottled generator: {bare:.0f} ns/open bare, {seen} ns/open traced: +{(seen / bare - 1) * 100:.0f} %")
+        print(
+            f"\nunthrottled generator: {bare:.0f} ns/open bare, {seen} ns/open traced: +{(seen / bare - 1) * 100:.0f} %"
+        )
     if args.json:
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode({"bare_ns": bare, "rows": rows}), indent=1))
     return 0

@@ -82,9 +82,7 @@ async def _serve(service: str, instance: str, config_file: Path, manners: Path) 
                     tasks.start_soon(_work, bus, signals, service, manners)
                 await stop.wait()
                 if service == "collector":
-                    await _publish(
-                        bus, subjects.raw(config.node_name(signals)), b"last", f"last-{os.getpid()}"
-                    )
+                    await _publish(bus, subjects.raw(config.node_name(signals)), b"last", f"last-{os.getpid()}")
                 tasks.cancel_scope.cancel()
 
 
@@ -99,9 +97,7 @@ async def _publish(bus: Bus, subject: str, data: bytes, msg_id: str) -> None:
 async def _collect(bus: Bus, signals: config.Signals, stop: anyio.Event) -> None:
     number = 0
     while not stop.is_set():
-        await _publish(
-            bus, subjects.raw(config.node_name(signals)), b"%d" % number, f"{os.getpid()}-{number}"
-        )
+        await _publish(bus, subjects.raw(config.node_name(signals)), b"%d" % number, f"{os.getpid()}-{number}")
         number += 1
         await anyio.sleep(0.05)
 
@@ -112,9 +108,7 @@ async def _work(bus: Bus, signals: config.Signals, service: str, manners: Path) 
     durable = subjects.RAW_DURABLE if enricher else subjects.SIGNER_DURABLE
     filter_subject = subjects.RAW_SUBJECTS if enricher else subjects.ENRICHED_SUBJECTS
     queue = durable if enricher else ""
-    async with bus.work(
-        stream, durable, filter_subject=filter_subject, max_ack_pending=64, queue=queue
-    ) as work:
+    async with bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=64, queue=queue) as work:
         while True:
             for message in await work.get(16, 0.0):
                 if enricher:

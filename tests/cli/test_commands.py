@@ -76,9 +76,7 @@ def test_version_is_quick() -> None:
 def test_config_is_taken_before_and_after_the_command(first: bool, tmp_path: Path) -> None:
     """`stella --config F signals stop` and `stella signals stop --config F` are the same."""
     path = own_config(tmp_path)
-    words = (
-        ["--config", str(path), "signals", "stop"] if first else ["signals", "stop", "--config", str(path)]
-    )
+    words = ["--config", str(path), "signals", "stop"] if first else ["signals", "stop", "--config", str(path)]
     assert 4 == commands.run(words)
 
 
@@ -99,9 +97,7 @@ def test_configuration_is_found_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert tmp_path / "stellaops.yaml" == settings.config_path(None, {})
     other = own_config(tmp_path)
     assert other == settings.config_path(None, {"STELLA_CONFIG": str(other)})
-    assert tmp_path / "stellaops.yaml" == settings.config_path(
-        "stellaops.yaml", {"STELLA_CONFIG": str(other)}
-    )
+    assert tmp_path / "stellaops.yaml" == settings.config_path("stellaops.yaml", {"STELLA_CONFIG": str(other)})
 
 
 def test_an_error_names_hint_and_runbook_section(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,9 +128,7 @@ def test_wrong_use_is_told_with_the_nearest_right_word(capsys: pytest.CaptureFix
     assert "Error: No such command 'statu'" in said and "Hint: stella signals --help" in said
 
 
-def test_an_unknown_key_is_refused_with_a_suggestion(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The configuration's own message reaches the terminal; exit code 2."""
     path = own_config(tmp_path, "  ring_bufer_size: 4096\n")
     assert 2 == commands.run(["signals", "status", "--config", str(path)])
@@ -166,9 +160,7 @@ def test_nothing_runs_is_exit_code_4_everywhere(tmp_path: Path, capsys: pytest.C
         assert re.match(r"Error: no node (runs|answers)", capsys.readouterr().err), name
 
 
-def test_an_unknown_event_type_is_refused_with_a_suggestion(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_event_type_is_refused_with_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The nearest type is named."""
     path = own_config(tmp_path)
     assert 2 == commands.run(["signals", "tail", "--type", "file_opn", "--config", str(path)])
@@ -177,9 +169,7 @@ def test_an_unknown_event_type_is_refused_with_a_suggestion(
 
 def test_every_runbook_anchor_of_an_error_is_a_known_section() -> None:
     """`See:` never shows a bare anchor."""
-    anchors = {
-        kind.runbook for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "runbook")
-    }
+    anchors = {kind.runbook for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "runbook")}
     sources = Path(commands.__file__).parent.glob("*.py")
     for source in sources:
         anchors |= set(re.findall(r'runbook="([a-z-]+)"', source.read_text()))
@@ -216,9 +206,7 @@ def test_a_written_configuration_with_every_comment_taken_away_means_the_default
     assert load_config(None, {}, {"output_directory": "/x/evidence"}) == load_config(path, {})
 
 
-def test_verify_chain_shows_the_answer_and_returns_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_chain_shows_the_answer_and_returns_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A chain in which nothing is signed yet is not valid: exit code 1 in text and JSON."""
     path = own_config(tmp_path)
     assert 0 == commands.run(["signals", "init", "--config", str(path)])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Node, eventually
+from node_kit import Node, eventually
 
 from stella_cli import node_file, process
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Node, eventually
+from node_kit import Node, eventually
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a node needs the collector's capabilities")
 

@@ -104,11 +104,11 @@ class Source:
 class Node:
     """A node's evidence and state in a folder."""
 
-    def __init__(self, folder: Path, name: str = "node-a") -> None:
+    def __init__(self, folder: Path, name: str = "node-a", disk: Disk | None = None) -> None:
         self.signals = config.load(None, {}, {"output_directory": str(folder / "evidence"), "node": name})
         self.name = name
         self.where: Places = places(self.signals)
-        self.made = initialise(self.signals)
+        self.made = initialise(self.signals, disk)
         self.clock = Clock()
 
     @property

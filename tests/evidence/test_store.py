@@ -142,5 +142,5 @@ def test_keys_are_found_or_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         keys.create_local_key(node.where.state)
     assert read_chain(tmp_path) is None
-    with pytest.raises(ValueError, match="not canonical|no public key"):
+    with pytest.raises(ValueError, match=r"not canonical|no public key"):
         keys.load_public(next((node.evidence / "keys").iterdir()).read_bytes() + b"\n")

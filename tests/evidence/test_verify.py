@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stella_shared.errors import BadAnswer, NotFound, StellaError, UsageError
-from stella_shared.evidence import canonical, dsse, statement
+from stella_shared.evidence import canonical, dsse, records, statement
 from stella_shared.evidence.records import Ledger
 from stella_shared.evidence.report import FAULT_CODES, ChainReport, encode_report, render_text
 from stella_shared.evidence.verify import verify_chain
@@ -68,6 +68,31 @@ def test_the_statement_says_what_the_collector_said(tmp_path: Path) -> None:
     ) == ("node-a", "6.8.0", "x86_64")  # fmt: skip
     assert chain_maker.COVERAGE.encode() == canonical.dumps(ledger_of(node, 2).coverage[0].document)
     assert len(payload) < 16 << 10
+
+
+def test_no_statement_is_over_its_limit(tmp_path: Path) -> None:
+    """Whatever the intake lets in: hostile names, reasons and coverage documents are cut to what fits."""
+    node = small_chain(tmp_path)
+    ledger = ledger_of(node, 4)
+    worst = '\\"' * 500
+    run = msgspec.structs.replace(ledger_of(node, 2).runs[0], run="r" * 64, boot_id="b" * 64, unclean=worst)
+    boot = records.Boot("b" * 64, str(2**63), str(2**63))
+    causes = {f"{i:048d}": 2**53 - 1 for i in range(40)}
+    texts = dict.fromkeys(("collector_version", "config_sha256", "bpf_object_sha256", "kernel_release", "arch"), worst)
+    document = {
+        **texts,
+        "btf": {"source": worst, "sha256": worst},
+        "probes": [{"name": worst, "attached": False}] * 100,
+    }
+    resign(
+        node,
+        4,
+        runs=[run] * 50,
+        window=msgspec.structs.replace(ledger.window, boots=[boot] * 50),
+        lost=causes,
+        coverage=[records.Held("r", "0", document)],
+    )
+    assert len(dsse.open_envelope(node.file(4, "dsse.json").read_bytes()).payload) < 16 << 10
 
 
 # -- one vector for each fault code ----------------------------------------------------------------------------

@@ -154,16 +154,16 @@ async def test_batches_become_a_signed_chain(process: Process, bus: Bus) -> None
 async def test_kill_9_in_the_middle_loses_and_doubles_nothing(process: Process, bus: Bus) -> None:
     """What was acknowledged is on disk, what was not comes again, and the chain verifies after each life."""
     source = Source(NODE)
-    for life in range(3):
+    for _ in range(3):
         process.start()
+        await next_beat(bus, lambda b: b.state == "ok" and b.pid == process.child.pid)
         for _ in range(30):
             await publish(bus, source.batch({0: 40}))
             await anyio.sleep(0.005)
-        if life == 0:
-            await until(lambda: process.node.file(1, "dsse.json").exists())
         process.kill()
         assert process.verify().faults == []
     process.start()
+    await next_beat(bus, lambda b: b.state == "ok" and b.pid == process.child.pid)
     await publish(bus, source.batch({}, final=True))
     # What the dead signer held comes again after the ack wait; stopping waits for it.
     assert await process.stop() == 0
@@ -203,6 +203,7 @@ async def test_a_dead_collectors_loss_is_counted_at_the_stop(process: Process, b
     closing = Closing(old.run, old.boot, {0: 25}, {"kernel_path": 4})
     await publish(bus, new.batch({0: 1}, closings=[closing]))
     await publish(bus, new.batch({}, final=True))
+    await next_beat(bus, lambda b: b.state == "ok")
     began = time.monotonic()
     assert await process.stop() == 0
     assert time.monotonic() - began < 10

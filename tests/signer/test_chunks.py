@@ -85,7 +85,7 @@ def expect_all(node: Node) -> None:
 
 def steps_of_a_life(tmp_path: Path) -> int:
     disk = FaultyDisk()
-    node = Node(tmp_path / "count")
+    node = Node(tmp_path / "count", disk=FaultyDisk())
     live(node, disk, set())
     expect_all(node)
     return disk.steps
@@ -95,7 +95,7 @@ def steps_of_a_life(tmp_path: Path) -> int:
 def test_a_death_at_any_step_loses_nothing(tmp_path: Path, after: bool) -> None:
     """Killed at each step, with a power cut: what was acknowledged is there, all else is taken again, once."""
     for at in range(steps_of_a_life(tmp_path)):
-        node = Node(tmp_path / str(at))
+        node = Node(tmp_path / str(at), disk=FaultyDisk())
         disk = FaultyDisk(at, after=after, seed=at)
         acknowledged: set[int] = set()
         with pytest.raises(Killed):
@@ -104,7 +104,7 @@ def test_a_death_at_any_step_loses_nothing(tmp_path: Path, after: bool) -> None:
         before = node.verify()
         # Between crash and restart the chain verifies too, unless nothing was signed yet.
         assert {f.code for f in before.faults} <= {"unsigned"}, at
-        store = node.open()
+        store = node.open(FaultyDisk())
         kept = {n for n in range(6) if store.account.is_settled(batches(node.name)[0][0].run, n)}
         assert acknowledged <= kept, at
         feed(store, batches(node.name), set())
@@ -116,7 +116,7 @@ def test_a_death_at_any_step_loses_nothing(tmp_path: Path, after: bool) -> None:
 def test_an_error_at_any_step_is_survived(tmp_path: Path, after: bool) -> None:
     """The disk is full for one step; the same call again goes on, and the chain is whole."""
     for at in range(steps_of_a_life(tmp_path)):
-        node = Node(tmp_path / str(at))
+        node = Node(tmp_path / str(at), disk=FaultyDisk())
         live(node, FaultyDisk(at, kill=False, after=after, seed=at), set())
         expect_all(node)
 
@@ -124,14 +124,14 @@ def test_an_error_at_any_step_is_survived(tmp_path: Path, after: bool) -> None:
 def test_an_error_and_then_a_death_are_survived(tmp_path: Path) -> None:
     """A full disk first, a kill a few steps later."""
     for at in range(0, steps_of_a_life(tmp_path), 3):
-        node = Node(tmp_path / str(at))
+        node = Node(tmp_path / str(at), disk=FaultyDisk())
 
         disk = FaultyDisk(at, kill=False, after=True, seed=at, then_kill_after=4)
         try:
             live(node, disk, set())
         except Killed:
             disk.power_cut()
-        store = node.open()
+        store = node.open(FaultyDisk())
         feed(store, batches(node.name), set())
         store.release()
         expect_all(node)
@@ -172,6 +172,25 @@ def test_recovery_closes_what_was_open(tmp_path: Path) -> None:
     report = node.verify()
     assert report.valid
     assert [(c.close_reason, c.lines) for c in report.chunks] == [("genesis", 0), ("recovery", 3)]
+
+
+def test_recovery_waits_for_a_batch_that_others_wait_for(tmp_path: Path) -> None:
+    """A chunk with a hole is not closed: the missing batch is on the bus still, and comes again."""
+    node = Node(tmp_path)
+    store = node.open()
+    told = batches(node.name)
+    store.commit(*one(told[0]))
+    store.commit(*one(told[2]))
+    store.release()
+    for _ in range(2):
+        store = node.open()
+        assert (store.index, store.recovering, store.account.early()) == (2, True, 1)
+        assert store.is_settled(told[2][0].run, 2)
+        store.release()
+    store = node.open()
+    feed(store, told, set())
+    store.release()
+    expect_all(node)
 
 
 def test_data_that_the_disk_lost_is_not_signed(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ class Node:
         command = [*STELLA, "signals", words[0], "--config", str(self.config), *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)} → {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}")
+            raise AssertionError(
+                f"{' '.join(command)} → {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
+            )
         return done
 
     def start(self) -> Self:

@@ -62,7 +62,10 @@ def node(tmp_path_factory: pytest.TempPathFactory):
     with running(folder / "node", "known") as running_node:
         (folder / "work").mkdir()
         command = [sys.executable, "-m", "stella_cli", "signals", "tail", "--config", running_node.config]
-        with (folder / "tail.ndjson").open("wb") as out, subprocess.Popen([*command, "--format", "json"], stdout=out) as tail:
+        with (
+            (folder / "tail.ndjson").open("wb") as out,
+            subprocess.Popen([*command, "--format", "json"], stdout=out) as tail,
+        ):
             try:
                 time.sleep(1.0)
                 running_node.pid = make_events(running_node, folder / "work")

@@ -111,7 +111,7 @@ class Accountant:
         lost: dict[str, int] = {}
         filtered: dict[str, int] = {}
         for index, lane in enumerate(self._lanes):
-            expected, delivered, gaps, disorder = _SEEN.unpack_from(seen, index * _SEEN.size)
+            _, delivered, gaps, disorder = _SEEN.unpack_from(seen, index * _SEEN.size)
             if disorder:
                 raise BrokenPromise(f"lane {index} went backwards {disorder} times")
             counters = after[index]

@@ -15,6 +15,7 @@ import time
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from stella_collector import coverage, targets
@@ -177,7 +178,7 @@ class Collector:
                 self._held = held
             self._warn_of_drops(now)
             if drained.left:
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
                 continue
             elapsed, before = max(now - before, 1e-6), now
             self.rate += (drained.count / elapsed - self.rate) * min(1.0, elapsed)
@@ -210,8 +211,7 @@ class Collector:
             self.emit(self._held_back(ledger), drained.records, final=final)
             self._held = None
         with anyio.move_on_after(15.0) as scope:
-            while not self.spool.empty:
-                await anyio.sleep(0.01)
+            await self.spool.wait_empty()
         if scope.cancelled_caught:
             log.error("%d bytes of batches could not be published before the deadline", self.spool.bytes)
 

@@ -89,7 +89,9 @@ def document(
             libraries=sorted(libraries),
             max_events_per_second=signals.max_events_per_second,
             probes=[
-                ProbeCoverage(s.name, s.attached, s.attach_point, s.scope if s.attached else "", "" if s.attached else s.reason)
+                ProbeCoverage(s.name, True, s.attach_point, s.scope)
+                if s.attached
+                else ProbeCoverage(s.name, False, s.attach_point, "", s.reason)
                 for s in states
             ],
             reader=reader,

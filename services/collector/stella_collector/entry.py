@@ -11,7 +11,7 @@ import anyio
 import msgspec
 
 from stella_collector import app, probe_test, replay
-from stella_shared import config, log
+from stella_shared import allocator, config, log
 from stella_shared.errors import StellaError
 
 
@@ -28,6 +28,7 @@ def main() -> int:
     try:
         signals = config.load(arguments.config, os.environ)
         log.setup("collector", signals.logging)
+        allocator.keep_large_blocks()
         if arguments.test_probes:
             rows = probe_test.run(signals)
             print(msgspec.json.encode(rows).decode())

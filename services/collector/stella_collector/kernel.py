@@ -81,9 +81,7 @@ class Probe(msgspec.Struct, frozen=True):
         if self.btf:
             return f"tp_btf/{self.btf[1]}"
         if self.tracepoints:
-            return ", ".join(
-                f"{category}/{event}" for _, category, event, _ in self.tracepoints if "_enter_" in event
-            )
+            return ", ".join(f"{category}/{event}" for _, category, event, _ in self.tracepoints if "_enter_" in event)
         return ", ".join(f"{self.library}:{function}" for *_, function in self.functions)
 
 
@@ -101,9 +99,7 @@ def probes_of(signals: Signals) -> list[tuple[Probe, bool]]:
     connect: Probe
     accept: Probe
     if wants.libc_source == "uprobe":
-        connect = Probe(
-            "libc_connect", functions=(("stella_conn_ue", "stella_conn_ux", "connect"),), library="libc"
-        )
+        connect = Probe("libc_connect", functions=(("stella_conn_ue", "stella_conn_ux", "connect"),), library="libc")
         accept = Probe(
             "libc_accept",
             functions=(
@@ -218,9 +214,7 @@ class Kernel:
 
     def __init__(self, signals: Signals, lib: Libbpf, *, watch_nothing: bool = False) -> None:
         if not OBJECT.exists():
-            raise NotFound(
-                "the BPF object is not built", hint="run `make install` in the source tree (it needs clang)"
-            )
+            raise NotFound("the BPF object is not built", hint="run `make install` in the source tree (it needs clang)")
         if not BTF.exists():
             raise NotFound("this kernel has no BTF (/sys/kernel/btf/vmlinux)", hint="CONFIG_DEBUG_INFO_BTF=y is needed")
         ensure_mounts()
@@ -239,9 +233,7 @@ class Kernel:
         self._object = self._load([p for p, wanted in self._probes if wanted])
         self.ring = open_ring(lib, self._object.map_fd("stella_ring"), signals.ring_buffer_size, self.lanes)
         span = -(-self.lanes * LANE_STRIDE // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._lanes_map = mmap.mmap(
-            self._object.map_fd("stella_lanes"), span, mmap.MAP_SHARED, mmap.PROT_READ
-        )
+        self._lanes_map = mmap.mmap(self._object.map_fd("stella_lanes"), span, mmap.MAP_SHARED, mmap.PROT_READ)
         self._levels = 0
         self._targets: set[int] = set()
 
@@ -392,9 +384,7 @@ class Kernel:
         configured = list(self._signals.probes.openssl_libraries)
         if self._scoped:
             found = [
-                (pid, path)
-                for pid in targets.processes(self._targets)
-                for path in _mapped_libraries(pid, configured)
+                (pid, path) for pid in targets.processes(self._targets) for path in _mapped_libraries(pid, configured)
             ]
         else:
             on_disk = configured or sorted({os.path.realpath(p) for g in _LIBSSL_GLOBS for p in glob.glob(g)})
@@ -434,9 +424,7 @@ class Kernel:
             state = self._state(probe.name)
             state.scope = "process" if self._scoped else "node"
             if not state.attached and not state.reason:
-                state.reason = (
-                    "no target process uses a TLS library yet" if self._scoped else "no libssl on this node"
-                )
+                state.reason = "no target process uses a TLS library yet" if self._scoped else "no libssl on this node"
                 state.fix = "" if self._scoped else "name the library in probes.openssl_libraries"
                 changed = True
         return changed

@@ -187,9 +187,7 @@ class Program:
         opts = _UprobeOpts(
             sz=ctypes.sizeof(_UprobeOpts), bpf_cookie=cookie, retprobe=returning, func_name=function.encode()
         )
-        handle = self._lib.bpf_program__attach_uprobe_opts(
-            self._handle, pid, os.fsencode(path), 0, ctypes.byref(opts)
-        )
+        handle = self._lib.bpf_program__attach_uprobe_opts(self._handle, pid, os.fsencode(path), 0, ctypes.byref(opts))
         return self._link(handle, f"{'uretprobe' if returning else 'uprobe'}:{path}:{function}")
 
     def recursion_misses(self) -> int:
@@ -271,5 +269,3 @@ class Object:
         if self._handle:
             self._lib.bpf_object__close(self._handle)
             self._handle = None
-
-

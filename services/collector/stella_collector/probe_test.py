@@ -38,6 +38,6 @@ def run(signals: Signals) -> list[ProbeResult]:
     except StellaError as e:
         refused = e.exit_code == 3
         return [
-            ProbeResult(p.name, p.attach_point(), not e.exit_code == 4, not refused, False, str(e), e.hint)
+            ProbeResult(p.name, p.attach_point(), e.exit_code != 4, not refused, False, str(e), e.hint)
             for p, _ in probes_of(signals)
         ]

@@ -72,7 +72,8 @@ async def serve(signals: Signals, path: Path) -> None:
     log.warning("this is a demonstration: events come from the recording %s, not from this kernel", path.name)
     user, password = bus_user(signals, "collector")
     runs = Runs(signals)
-    states = [ProbeState(p.name, p.attach_point(), True, reason="demonstration: played from a recording") for p, _ in probes_of(signals)]
+    why = "demonstration: played from a recording"
+    states = [ProbeState(p.name, p.attach_point(), True, reason=why) for p, _ in probes_of(signals)]
     document = coverage.document(
         signals,
         states=states,
@@ -110,10 +111,7 @@ async def serve(signals: Signals, path: Path) -> None:
                     detail={
                         "stand_in": path.name,
                         "records": played,
-                        "probes": [
-                            {"name": s.name, "attach_point": s.attach_point, "wanted": True, "attached": False, "scope": "", "reason": s.reason, "fix": ""}
-                            for s in states
-                        ],
+                        "probes": [msgspec.to_builtins(s) for s in states],
                     },
                 )  # fmt: skip
 
@@ -133,8 +131,7 @@ async def serve(signals: Signals, path: Path) -> None:
                 await stop.wait()
                 put(shifted(Ledger(0, 0, [], {}, {}), taken), [], b"", final=True)
                 with anyio.move_on_after(10.0):
-                    while not spool.empty:
-                        await anyio.sleep(0.01)
+                    await spool.wait_empty()
                 done.set()
                 await anyio.sleep(0.05)
                 tasks.cancel_scope.cancel()

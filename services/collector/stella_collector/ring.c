@@ -110,6 +110,11 @@ void stella_ring_drain(struct ring *r, uint8_t *out, uint64_t capacity, struct l
 			break;
 		uint32_t length = head & LENGTH;
 		uint64_t step = ((uint64_t)length + 8 + 7) & ~7ull;
+		if (step > end - at) {
+			result->malformed++;
+			at = end;
+			break;
+		}
 		if (!(head & DISCARD)) {
 			const struct header *h = (const struct header *)(p + 8);
 			uint64_t padded = ((uint64_t)length + 7) & ~7ull;
@@ -130,7 +135,9 @@ void stella_ring_drain(struct ring *r, uint8_t *out, uint64_t capacity, struct l
 					lane->next = h->seq + 1;
 				}
 			}
-			memcpy(out + used, h, padded);
+			memcpy(out + used, h, length);
+			/* Behind it stands what the ring held before; equal events shall be equal bytes. */
+			memset(out + used + length, 0, padded - length);
 			/* The ring is the kernel's; from here on the record is ours: give it the exact size. */
 			((struct header *)(out + used))->size = (uint32_t)padded;
 			if (!records)

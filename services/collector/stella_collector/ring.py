@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 
 _LANE: Final = struct.Struct("<4Q")
 _SIZE_AT: Final = struct.calcsize("<QQQIIIIHH")
+#: Where `lane` and `size` stand among the fields of a header.
+_LANE_INDEX: Final = 6
+_SIZE: Final = 9
+#: No record is larger: the largest, an exec's, has room for two names and two times argv behind its header.
+RECORD_MAX_BYTES: Final = 8192
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -57,9 +62,7 @@ class Ring(Protocol):
 
 
 class _Result(ctypes.Structure):
-    _fields_ = [
-        (name, c_uint64) for name in ("records", "bytes", "left", "first_ts_ns", "last_ts_ns", "malformed")
-    ]
+    _fields_ = [(name, c_uint64) for name in ("records", "bytes", "left", "first_ts_ns", "last_ts_ns", "malformed")]
 
 
 class CRing:
@@ -90,9 +93,7 @@ class CRing:
         if len(self._out) < capacity:
             self._out = ctypes.create_string_buffer(capacity)
         result = self._result
-        self._lib.stella_ring_drain(
-            self._ring, self._out, capacity, self._lanes, self._count, ctypes.byref(result)
-        )
+        self._lib.stella_ring_drain(self._ring, self._out, capacity, self._lanes, self._count, ctypes.byref(result))
         if result.malformed:
             raise BrokenPromise(f"{result.malformed} records in the ring have an impossible size or lane")
         data = ctypes.string_at(self._out, result.bytes)
@@ -108,13 +109,14 @@ class CRing:
 
 
 class LibbpfRing:
-    """The ring through libbpf's callback.  libbpf cannot stop at a capacity: what it brings beyond is kept."""
+    """The ring through libbpf's callback, which is told to stop where the next record might not fit."""
 
     def __init__(self, lib: Libbpf, fd: int, size: int, lanes: int) -> None:
         self.size = size
         self._lib = lib
         self._lanes = [[0, 0, 0, 0] for _ in range(lanes)]
-        self._kept: list[bytes] = []
+        self._taken: list[bytes] = []
+        self._room = 0
         self._malformed = 0
         # libbpf's positions are its own; the pages are mapped once more just to see how full the ring is.
         self._consumer = mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -126,40 +128,41 @@ class LibbpfRing:
 
     def _on_record(self, _: int, data: int, size: int) -> int:
         record = bytearray(ctypes.string_at(data, size))
-        if size < RECORD_HEADER.size:
+        fields = RECORD_HEADER.unpack_from(record) if size >= RECORD_HEADER.size else None
+        if fields is None or fields[_SIZE] > size or fields[_LANE_INDEX] >= len(self._lanes):
             self._malformed += 1
             return 0
         record.extend(b"\0" * (-size % 8))
-        lane_index, seq = struct.unpack_from("<I", record, 36)[0], struct.unpack_from("<Q", record, 8)[0]
-        if lane_index >= len(self._lanes):
-            self._malformed += 1
-            return 0
-        lane = self._lanes[lane_index]
+        lane = self._lanes[fields[_LANE_INDEX]]
         lane[1] += 1
-        if lane_index % LANE_KINDS != UPROBE_KIND:
+        if fields[_LANE_INDEX] % LANE_KINDS != UPROBE_KIND:
+            seq = fields[1]
             if seq < lane[0]:
                 lane[3] += 1
             else:
                 lane[2] += seq - lane[0]
                 lane[0] = seq + 1
         struct.pack_into("<I", record, _SIZE_AT, len(record))
-        self._kept.append(bytes(record))
-        return 0
+        self._taken.append(bytes(record))
+        self._room -= len(record)
+        # A negative answer ends the round; this record counts as consumed.
+        return 0 if self._room >= RECORD_MAX_BYTES else -1
 
     def waiting(self) -> int:
         consumed = struct.unpack_from("<Q", self._consumer)[0]
         return int(struct.unpack_from("<Q", self._producer)[0] - consumed)
 
     def drain(self, capacity: int) -> Drained:
-        before = self.waiting()
-        self._lib.ring_buffer__consume(self._ring)
+        self._room = capacity
+        if capacity >= RECORD_MAX_BYTES:
+            self._lib.ring_buffer__consume(self._ring)
         if self._malformed:
             raise BrokenPromise(f"{self._malformed} records in the ring have an impossible size or lane")
-        taken, self._kept = self._kept, []
+        taken, self._taken = self._taken, []
         data = b"".join(taken)
         first = struct.unpack_from("<Q", data)[0] if data else 0
         last = struct.unpack_from("<Q", taken[-1])[0] if taken else 0
-        return Drained(data, len(taken), max(0, self.waiting()) if before else 0, first, last)
+        return Drained(data, len(taken), self.waiting(), first, last)
 
     def seen(self) -> bytes:
         return b"".join(_LANE.pack(*lane) for lane in self._lanes)

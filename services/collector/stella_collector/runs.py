@@ -110,5 +110,5 @@ def _read(lib: Libbpf, pin: Path, boot_id: str, lanes: int) -> Closing:
         run=pin.name,
         boot_id=boot_id,
         taken={index: c.taken for index, c in enumerate(counters) if c.taken},
-        filtered={name: total for i, name in enumerate(KERNEL_FILTERS) if (total := sum(c.filtered[i] for c in counters))},
+        filtered={name: sum(c.filtered[i] for c in counters) for i, name in enumerate(KERNEL_FILTERS)},
     )

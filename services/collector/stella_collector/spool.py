@@ -31,6 +31,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._waiting: deque[tuple[str, bytes, Callable[[], None] | None]] = deque()
         self._arrived = anyio.Event()
+        self._stored = anyio.Event()
         self.bytes = 0
         self.published = 0
         self.retries = 0
@@ -42,10 +43,11 @@ class Spool:
         """Whether draining must pause."""
         return self.bytes >= self._max_bytes
 
-    @property
-    def empty(self) -> bool:
-        """Whether everything that was put is stored on the bus."""
-        return not self._waiting and not self.unacked
+    async def wait_empty(self) -> None:
+        """Return once everything that was put is stored on the bus."""
+        while self._waiting or self.unacked:
+            self._stored = anyio.Event()
+            await self._stored.wait()
 
     def put(self, msg_id: str, data: bytes, done: Callable[[], None] | None = None) -> None:
         """Take a batch over.  `done` is called once it is stored."""
@@ -72,6 +74,7 @@ class Spool:
             self.published += 1
             if done:
                 done()
+            self._stored.set()
 
     async def _insist(self, publish: Callable[[], Awaitable[None]]) -> None:
         # The same message id each time, so a publish whose ack was lost is stored once.

@@ -20,14 +20,14 @@ import anyio
 from stella_enricher.cgroups import CgroupIndex
 from stella_enricher.containers import Container, ContainerResolver, unknown
 from stella_enricher.docker_api import DockerApi
-from stella_enricher.lines import Enriched, Lines, Part, all_lost
+from stella_enricher.lines import Enriched, Part, all_lost, open_lines
 from stella_shared import VERSION, clock, lifecycle, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import BrokenPromise, TryAgain
 from stella_shared.events import RECORD_HEADER
 from stella_shared.patterns import PathFilter
-from stella_shared.wire import WIRE_VERSION, Beat, Histogram, Ledger, PartHead, RawBatch, decode_raw, encode_head
+from stella_shared.wire import WIRE_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Enricher:
         self.node = node_name(signals)
         self.boot_id = clock.boot_id()
         self.resolver = resolver
-        self.lines = Lines(PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist))
+        self.lines = open_lines(PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist))
         self.started_at = time.time()
         self.batches = 0
         self.poisoned = 0
@@ -74,7 +74,7 @@ class Enricher:
         batch = decode_raw(data)
         try:
             if batch.records and batch.node == self.node and batch.boot_id == self.boot_id:
-                await self.resolver.settle(_cgroups(batch.records))
+                await self.resolver.settle(self.lines.cgroups(batch.records))
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
         except BrokenPromise as e:
             self.poisoned += 1
@@ -228,19 +228,6 @@ class Enricher:
                 "containers": containers,
             },
         )
-
-
-def _cgroups(records: bytes) -> set[int]:
-    """Return the distinct cgroup ids of a batch, by a look at the two fields that are needed."""
-    found: set[int] = set()
-    at, end = 0, len(records)
-    while at + RECORD_HEADER.size <= end:
-        size = int.from_bytes(records[at + 44 : at + 48], "little")
-        found.add(int.from_bytes(records[at + 16 : at + 24], "little"))
-        if size < RECORD_HEADER.size:
-            break
-        at += size
-    return found
 
 
 def _ages(batch: RawBatch, now_ns: int) -> list[tuple[int, int]]:

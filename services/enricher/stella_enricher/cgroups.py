@@ -179,9 +179,7 @@ class CgroupIndex:
         in_v1: list[str] = []
         if self._v1:
             tree, _ = walk(self._v1, self._max_entries)
-            in_v1 = [
-                p for p in tree.values() if container_name(p.removeprefix(self._v1)) and _has_processes(p)
-            ]
+            in_v1 = [p for p in tree.values() if container_name(p.removeprefix(self._v1)) and _has_processes(p)]
         return Survey(seen, truncated, in_v1, time.perf_counter_ns() - begun_ns)
 
     def absorb(self, survey: Survey) -> list[int]:

@@ -47,9 +47,7 @@ _PREFIXED = re.compile(r"(?:[^:]*:)?(" + "|".join(_PREFIXES) + r")[-:]([0-9a-f]{
 _BARE = re.compile(r"[0-9a-f]{64}")
 #: conmon watches a container from the host's own namespaces: it is a host process.
 _MONITOR = re.compile(r"(?:[^:]*:)?(?:libpod|crio)-conmon[-:][0-9a-f]{64}(?:\.scope)?")
-_UNSUPPORTED = re.compile(
-    r"lxc|lxc\.payload\..*|machine-(?!qemu|libpod_pod_).*\.scope|systemd-nspawn@.*\.service"
-)
+_UNSUPPORTED = re.compile(r"lxc|lxc\.payload\..*|machine-(?!qemu|libpod_pod_).*\.scope|systemd-nspawn@.*\.service")
 
 
 class ContainerName(msgspec.Struct, frozen=True):

@@ -19,11 +19,11 @@ from typing import Final
 import anyio
 import anyio.to_thread
 import msgspec
-from stella_shared.config import Resources
 
 from stella_enricher.cgroups import ROOT_ID, CgroupIndex
 from stella_enricher.container_names import ContainerName, container_name, is_users_own, why_not_host
 from stella_enricher.docker_api import DockerApi, Image
+from stella_shared.config import Resources
 
 #: The containers' share of `max_cache_memory_mb`, and what an entry takes with its strings, amply reckoned.
 _MEMORY_SHARE: Final = 0.25

@@ -19,6 +19,7 @@ from stella_signer.steps import Finish, GiveUp, Settle, Step
 
 REPLACED = "the next run told nothing of what this one had counted"
 _NOTES_MAX = 4
+_NOTE_MAX = 200
 
 
 class _Lane:
@@ -295,7 +296,7 @@ class Account:
 
     def _note(self, run: _RunState, note: str) -> None:
         if len(run.notes) < _NOTES_MAX:
-            run.notes.append(note)
+            run.notes.append(note[:_NOTE_MAX])
 
 
 def _add(into: dict[str, int], counts: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-from stella_shared import VERSION, clock, config, lifecycle, log, metrics, subjects
+from stella_shared import VERSION, allocator, clock, config, lifecycle, log, metrics, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals
 from stella_shared.errors import BrokenPromise, StellaError, TryAgain
@@ -116,11 +116,7 @@ class Signer:
         store = await self._open_store(stop)
         if store is None:
             return
-        intake: Intake[Message] = Intake(
-            self._node,
-            lambda run, number: store.account.is_settled(run, number),
-            lambda run: store.account.boot_of(run),
-        )
+        intake: Intake[Message] = Intake(self._node, store.is_settled, store.boot_of)
         try:
             async with bus.work(
                 subjects.ENRICHED_STREAM,
@@ -236,6 +232,8 @@ class Signer:
         """Return why the open chunk must close now, or ""."""
         if store.account.early():
             return ""
+        if store.recovering:
+            return "recovery"
         rotation = self._signals.rotation
         if max(store.bytes, store.journal_bytes) >= rotation.max_size_mb * (1 << 20):
             return "size"
@@ -334,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         signals = config.load(options.config, os.environ)
+        allocator.keep_large_blocks()
         anyio.run(Signer(signals, options.instance).run)
     except BaseExceptionGroup as group:
         found = group.subgroup(StellaError)

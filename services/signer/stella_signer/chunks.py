@@ -43,7 +43,7 @@ class ChunkStore:
     """The chain's end: one open chunk, and the step from each state to the next."""
 
     def __init__(
-        self, where: Places, chain: Chain, key: LocalKey | None, version: str, now: Callable[[], str], disk: Disk
+        self, where: Places, chain: Chain, key: LocalKey | None, *, version: str, now: Callable[[], str], disk: Disk
     ) -> None:
         self._where = where
         self._chain = chain
@@ -61,6 +61,8 @@ class ChunkStore:
         self._last_ledger_sha256 = ""
         self._signed: Previous | None = None
         self.chunks_signed = 0
+        #: Whether the open chunk was begun by an earlier life: close it as soon as no batch waits in it.
+        self.recovering = False
         #: Commits that the journal tells of and whose data the disk had lost, at the last opening.
         self.commits_gone = 0
         self.account = Account([], [], [])
@@ -78,6 +80,14 @@ class ChunkStore:
         """SHA-256 of the newest signed statement, "" before the first."""
         return self._signed.statement_sha256 if self._signed else ""
 
+    def is_settled(self, run: str, number: int) -> bool:
+        """Return whether batch `number` of `run` is in the evidence, or is counted as lost for good."""
+        return self.account.is_settled(run, number)
+
+    def boot_of(self, run: str) -> str | None:
+        """Return the boot that `run` belongs to, or None for a run not known."""
+        return self.account.boot_of(run)
+
     # -- opening: whatever was begun is finished -------------------------------------------------------
 
     @classmethod
@@ -86,15 +96,16 @@ class ChunkStore:
     ) -> ChunkStore:
         """Take the evidence directory over and finish what an earlier life began.
 
-        A chunk that was open with something in it is closed as `recovery`; sealed chunks are signed.  A chain
-        without any chunk gets its `genesis` chunk, empty and signed at once, so that there is a signed
-        beginning.  `now` gives UTC as text.  Raises `ConfigError` for what no crash of ours can leave,
-        `TryAgain` while another signer has it, `OSError` when the disk refuses (call again).
+        A chunk that was open with something in it is closed as `recovery`, unless batches in it wait for an
+        earlier one: then it stays open and `recovering` is true.  Sealed chunks are signed.  A chain without
+        any chunk gets its `genesis` chunk, empty and signed at once, so that there is a signed beginning.
+        `now` gives UTC as text.  Raises `ConfigError` for what no crash of ours can leave, `TryAgain` while
+        another signer has it, `OSError` when the disk refuses (call again).
         """
         chain = read_chain(where.evidence)
         if chain is None:
             raise ConfigError(f"{where.evidence} holds no chain", hint="run: stella signals init")
-        store = cls(where, chain, key, version, now, disk or Disk())
+        store = cls(where, chain, key, version=version, now=now, disk=disk or Disk())
         try:
             store._take_lock()
             store._recover()
@@ -137,7 +148,7 @@ class ChunkStore:
         self._check_head()
         self.sign()
         self._recover_open(kinds)
-        if not closed and self._index == names.FIRST_INDEX:
+        if not closed and self._index == names.FIRST_INDEX and not self.account.batches:
             self.close("genesis")
 
     def _listing(self) -> dict[int, set[str]]:
@@ -222,8 +233,10 @@ class ChunkStore:
         self._open_files()
         self._journal_bytes = journal_bytes or replay.opening_bytes
         self._restore()
-        if end:
+        if end and not self.account.early():
             self.close("recovery", end)
+        # Otherwise batches in it wait for one that the bus will bring again: it goes on as it is.
+        self.recovering = bool(end) and bool(self.account.early())
 
     def _replay(self, replay: journal.Replay) -> tuple[str, int]:
         """Apply the commits whose data is there; return the time of the last and the journal's length after it."""
@@ -283,9 +296,10 @@ class ChunkStore:
         self._index = index
         self._opened = opened
         self._hash = sha256()
-        self._tree = merkle.Frontier()
+        self._tree = merkle.frontier()
         self._journal_bytes = 0
         self.bytes = 0
+        self.recovering = False
 
     @property
     def index(self) -> int:
@@ -311,8 +325,7 @@ class ChunkStore:
         data = b"".join(bodies)
         digest = self._hash.copy()
         digest.update(data)
-        lines = self._tree.size + data.count(b"\n")
-        entry = journal.frame(journal.Commit(self.bytes + len(data), lines, digest.digest(), self._now(), steps))
+        entry = journal.frame(journal.Commit(self.bytes + len(data), digest.digest(), self._now(), steps))
         self._dirty = True
         if data:
             self._disk.write(self._data, data)
@@ -327,9 +340,7 @@ class ChunkStore:
 
     def _add(self, data: bytes, digest: Any, steps: list[Step]) -> None:
         """Take durable data and its steps into the running sums."""
-        lines = data.split(b"\n")
-        lines.pop()
-        self._tree.add(merkle.leaves(lines))
+        self._tree.add_lines(data)
         self._hash = digest
         self.bytes += len(data)
         for step in steps:

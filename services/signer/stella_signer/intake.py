@@ -6,22 +6,28 @@ copies the first wins.  Whoever offers a part hands over `T`, the handle to ackn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
 import msgspec
 
+from stella_shared.errors import BrokenPromise
+from stella_shared.evidence import merkle
 from stella_shared.evidence.canonical import MAX_SAFE_INTEGER
 from stella_shared.wire import Ledger, PartHead, ledger_faults
 from stella_signer.steps import Settle
 
 MAX_PARTS: Final = 64
-MAX_CAUSES: Final = 32
+MAX_COPIES: Final = 4
+#: Different causes in one life of the signer: they all stand in the statement, which is bounded.
+MAX_CAUSES: Final = 40
 MAX_LANES: Final = 1 << 16
 MAX_COVERAGE_BYTES: Final = 1 << 20
 MAX_TIME_NS: Final = 2**63 - 1
-_TEXT_MAX: Final = 64
+_NAME: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_CAUSE: Final = re.compile(r"[a-z0-9_]{1,48}")
 
 T = TypeVar("T")
 
@@ -50,7 +56,11 @@ class _Parts(Generic[T]):
         self.parts = parts
         self.heads: dict[int, PartHead] = {}
         self.bodies: dict[int, bytes] = {}
-        self.handles: dict[int, T] = {}
+        self.handles: dict[int, list[T]] = {}
+
+
+def _all(parts: _Parts[T]) -> list[T]:
+    return [handle for handles in parts.handles.values() for handle in handles]
 
 
 class Intake(Generic[T]):
@@ -62,6 +72,7 @@ class Intake(Generic[T]):
         self._boot_of = boot_of
         self._waiting: dict[tuple[str, int], _Parts[T]] = {}
         self._complete: dict[tuple[str, int], Batch[T]] = {}
+        self._causes: set[str] = set()
         self.bytes = 0
         self.last_refusal = ""
 
@@ -76,15 +87,17 @@ class Intake(Generic[T]):
             return Verdict.REFUSED
         if self._is_settled(*place):
             return Verdict.REPEATED
-        if place in self._complete:
-            # Not durable yet.  It will be delivered once more, and be settled by then.
+        if complete := self._complete.get(place):
+            complete.handles.append(handle)
             return Verdict.KEPT
         here = self._waiting.get(place)
         if here is None or here.parts != head.parts:
             # (Another enricher cut the same batch otherwise: two cuts cannot be mixed.)
             here = self._waiting[place] = _Parts(head.parts)
-        # The first copy's bytes stay; the newest delivery is the one to acknowledge.
-        here.handles[head.part] = handle
+        # The first copy's bytes stay; every delivery is acknowledged, or the newest when there are many.
+        handles = here.handles.setdefault(head.part, [])
+        handles.append(handle)
+        del handles[:-MAX_COPIES]
         if head.part not in here.heads:
             here.heads[head.part], here.bodies[head.part] = head, body
         if len(here.heads) == here.parts:
@@ -104,7 +117,7 @@ class Intake(Generic[T]):
     def drop_settled(self) -> list[T]:
         """Forget parts of batches that were given up meanwhile; return their handles."""
         dropped = [place for place in self._waiting if self._is_settled(*place)]
-        return [handle for place in dropped for handle in self._waiting.pop(place).handles.values()]
+        return [handle for place in dropped for handle in _all(self._waiting.pop(place))]
 
     @property
     def incomplete(self) -> int:
@@ -119,7 +132,8 @@ class Intake(Generic[T]):
     def _put_together(self, place: tuple[str, int], parts: _Parts[T]) -> None:
         first = parts.heads[0]
         ledger = first.ledger
-        assert ledger is not None, "a part 0 without a ledger is refused"
+        if ledger is None:
+            raise BrokenPromise("a part 0 without a ledger was let in")
         body = b"".join(parts.bodies[part] for part in range(parts.parts))
         lines = sum(head.lines for head in parts.heads.values())
         recorded = sum(row.recorded for row in ledger.lanes)
@@ -130,24 +144,35 @@ class Intake(Generic[T]):
         step = Settle(
             first.boot_id, first.run, first.number, lines, ledger, first.coverage, first.final, first.closings
         )
-        self._complete[place] = Batch(step, body, list(parts.handles.values()), first.drained_ns)
+        self._complete[place] = Batch(step, body, _all(parts), first.drained_ns)
         self.bytes += len(body)
 
     def _fault(self, head: PartHead, body: bytes) -> str:
         """Return why a part cannot be taken, or ""."""
         if head.node != self._node:
             return f"it is of node {head.node!r}"
-        if not (head.run and head.boot_id) or max(len(head.run), len(head.boot_id)) > _TEXT_MAX:
-            return "its run or boot id has no usable length"
+        names = [head.run, head.boot_id, *(n for closing in head.closings for n in (closing.run, closing.boot_id))]
+        if not all(map(_NAME.fullmatch, names)):
+            return "a run or boot id is no name"
         if not 0 <= head.part < head.parts <= MAX_PARTS or not 0 <= head.number <= MAX_SAFE_INTEGER:
             return f"part {head.part} of {head.parts}, batch {head.number} cannot be"
         if (self._boot_of(head.run) or head.boot_id) != head.boot_id:
             return f"its run belongs to another boot than {head.boot_id}"
-        if head.lines != body.count(b"\n") or (body and not body.endswith(b"\n")):
-            return f"{body.count(bytes([10]))} lines, but its head says {head.lines}"
+        lines = merkle.count_lines(body)
+        if head.lines != lines or (body and not body.endswith(b"\n")):
+            return f"{lines} lines, but its head says {head.lines}"
         if head.part:
             return ""
-        return _head_fault(head)
+        return _head_fault(head) or self._causes_fault(head)
+
+    def _causes_fault(self, head: PartHead) -> str:
+        """Return what is wrong with the causes of a part 0, or ""; remember them."""
+        filtered = [dict(head.ledger.filtered if head.ledger else {}), *(c.filtered for c in head.closings)]
+        causes = {*(cause for counts in filtered for cause in counts), *(head.ledger.lost if head.ledger else ())}
+        if not all(map(_CAUSE.fullmatch, causes)) or len(self._causes | causes) > MAX_CAUSES:
+            return "a cause is no name, or there are too many"
+        self._causes |= causes
+        return ""
 
 
 def _head_fault(head: PartHead) -> str:
@@ -169,9 +194,6 @@ def _head_fault(head: PartHead) -> str:
     lanes = {row.lane for row in ledger.lanes}
     if len(lanes) != len(ledger.lanes) or len(lanes) > MAX_LANES:
         return "a lane is listed twice, or there are too many"
-    causes = [*ledger.filtered, *ledger.lost, *(c for closing in head.closings for c in closing.filtered)]
-    if len(set(causes)) > MAX_CAUSES or any(len(cause) > _TEXT_MAX for cause in causes):
-        return "too many causes, or one is too long"
     if any(not cause.startswith(("kernel_", "user_")) for cause in ledger.filtered):
         return "a filter cause is neither kernel_ nor user_"
     return _coverage_fault(head.coverage)

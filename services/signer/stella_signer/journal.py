@@ -33,7 +33,6 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
     """A group commit: where the data ends after it, its running SHA-256, when, and the steps it took."""
 
     offset: int
-    lines: int
     sha256: bytes
     at: str
     steps: list[Step]

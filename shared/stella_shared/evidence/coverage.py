@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-_TEXT_MAX = 128
-_PROBES_MAX = 64
+# Bounds that keep a statement under its limit, whatever a document holds.
+_TEXT_MAX = 96
+_PROBES_MAX = 24
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -42,7 +43,8 @@ class Monitor(msgspec.Struct, frozen=True):
 
 def _text(document: dict[str, Any], key: str) -> str:
     value = document.get(key, "")
-    return value[:_TEXT_MAX] if isinstance(value, str) else ""
+    plain = isinstance(value, str) and value.isascii() and value.isprintable()
+    return value[:_TEXT_MAX] if plain else ""
 
 
 def _mapping(value: Any) -> dict[str, Any]:

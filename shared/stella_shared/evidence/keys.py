@@ -132,7 +132,9 @@ def load_trusted(state_directory: Path) -> dict[str, TrustedKey]:
             f"{path}: {e.strerror}", hint="run as the owner of the state directory, or name a key: --key sha256:<id>"
         ) from None
     except ValueError as e:
-        raise ConfigError(f"{path}: {e}", hint="restore it from a backup, or remove it and run: stella signals init")
+        raise ConfigError(
+            f"{path}: {e}", hint="restore it from a backup, or remove it and run: stella signals init"
+        ) from None
     return {key.key_id: key for key in listed.keys}
 
 

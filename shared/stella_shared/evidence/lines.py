@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._hash = sha256()
-        self._tree = merkle.Frontier()
+        self._tree = merkle.frontier()
         self._rest = b""
         self._bytes = 0
 
@@ -131,7 +132,7 @@ class LineChecker:
                         "identity_broken", f"{here}: {row.recorded} recorded, but {len(numbers)} lines are here"
                     )
                 ordered = sorted(numbers)
-                twice = next((a for a, b in zip(ordered, ordered[1:], strict=False) if a == b), None)
+                twice = next((a for a, b in pairwise(ordered) if a == b), None)
                 if twice is not None:
                     self._fault("identity_broken", f"{here} seq {twice} is recorded twice")
         return self._faults

@@ -3,15 +3,22 @@
     leaf(line) = SHA-256(0x00 ‖ line without its newline)      node(a, b) = SHA-256(0x01 ‖ a ‖ b)
     root of nothing = SHA-256("")
 
-`Frontier` takes lines in as they come and holds at most one hash per level, so a chunk of any size closes
-at once.
+A frontier takes lines in as they come and holds at most one hash per level, so a chunk of any size closes at
+once.  `frontier()` gives the one in C (`merkle.c`, without Python's lock, a third of the time); `Frontier` is
+the same in Python, for an install without a compiler, and passes the same tests.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
+from ctypes import POINTER, byref, c_char_p, c_uint8, c_uint64
+from functools import cache
 from hashlib import sha256
+from pathlib import Path
+from typing import Final
 
+NATIVE: Final = Path(__file__).parent / "native" / "merkle.so"
 EMPTY_ROOT = sha256(b"").digest()
 
 
@@ -48,6 +55,13 @@ class Frontier:
             new = [sha256(b"\1" + left + right).digest() for left, right in zip(pairs, pairs, strict=True)]
             level += 1
 
+    def add_lines(self, data: bytes) -> int:
+        """Append every line of `data`, which ends with a newline or is empty; return how many there were."""
+        lines = data.split(b"\n")
+        lines.pop()
+        self.add(leaves(lines))
+        return len(lines)
+
     def root(self) -> bytes:
         """Return the Merkle tree hash of everything added so far."""
         root: bytes | None = None
@@ -55,3 +69,67 @@ class Frontier:
             if waiting is not None:
                 root = waiting if root is None else node(waiting, root)
         return EMPTY_ROOT if root is None else root
+
+
+class _State(ctypes.Structure):
+    # struct frontier of merkle.c
+    _fields_ = (("size", c_uint64), ("level", c_uint8 * 32 * 64))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        lib = ctypes.CDLL(str(NATIVE))
+    except OSError:
+        return None
+    lib.stella_merkle_add_lines.restype = c_uint64
+    lib.stella_merkle_add_lines.argtypes = (POINTER(_State), c_char_p, c_uint64)
+    lib.stella_merkle_count_lines.restype = c_uint64
+    lib.stella_merkle_count_lines.argtypes = (c_char_p, c_uint64)
+    lib.stella_merkle_add.restype = None
+    lib.stella_merkle_add.argtypes = (POINTER(_State), c_char_p, c_uint64)
+    return lib
+
+
+class NativeFrontier(Frontier):
+    """The frontier in C."""
+
+    __slots__ = ("_lib", "_state")
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        super().__init__()
+        self._lib = lib
+        self._state = _State()
+
+    def add(self, new: Sequence[bytes]) -> None:
+        """Append leaf hashes."""
+        self._lib.stella_merkle_add(byref(self._state), b"".join(new), len(new))
+        self._fold()
+
+    def add_lines(self, data: bytes) -> int:
+        """Append every line of `data`, which ends with a newline or is empty; return how many there were."""
+        lines = int(self._lib.stella_merkle_add_lines(byref(self._state), data, len(data)))
+        self._fold()
+        return lines
+
+    def _fold(self) -> None:
+        self.size = int(self._state.size)
+
+    def root(self) -> bytes:
+        """Return the Merkle tree hash of everything added so far."""
+        self._levels = [
+            bytes(self._state.level[n]) if self.size >> n & 1 else None for n in range(self.size.bit_length())
+        ]
+        return super().root()
+
+
+def frontier() -> Frontier:
+    """Return an empty frontier, the fastest there is."""
+    lib = _library()
+    return Frontier() if lib is None else NativeFrontier(lib)
+
+
+def count_lines(data: bytes) -> int:
+    """Return how many newlines `data` holds."""
+    lib = _library()
+    return data.count(b"\n") if lib is None else int(lib.stella_merkle_count_lines(data, len(data)))

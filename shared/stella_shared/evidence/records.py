@@ -249,8 +249,7 @@ def continuity_faults(before: Standing, ledger: Ledger, *, may_pick_up: bool) ->
         for cause, total in run.filtered_totals.items():
             rises[cause] = rises.get(cause, 0) + total - (old.filtered_totals.get(cause, 0) if old else 0)
     for cause in sorted({c for c in ledger.filtered if c.startswith(KERNEL_FILTER_PREFIX)} | set(rises)):
-        if rises.get(cause, 0) != ledger.filtered.get(cause, 0) and not may_pick_up:
-            faults.append(
-                f"{cause}: the runs' totals rise by {rises.get(cause, 0)}, the chunk says {ledger.filtered.get(cause, 0)}"
-            )
+        rise, said = rises.get(cause, 0), ledger.filtered.get(cause, 0)
+        if rise != said and not may_pick_up:
+            faults.append(f"{cause}: the runs' totals rise by {rise}, the chunk says {said}")
     return faults

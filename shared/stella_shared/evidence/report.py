@@ -133,7 +133,8 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
         out.append(f"  Chain: {report.chain_id} of node {report.node}, since {report.created}")
     out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
     out.append(
-        f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered + {sums.lost} lost"
+        f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered"
+        f" + {sums.lost} lost"
     )
     out += [f"    lost {cause}: {n}" for cause, n in sorted(report.lost_by_cause.items()) if n]
     if report.open:

@@ -18,9 +18,9 @@ from stella_shared.evidence.records import Ledger, Predecessor, Window, accounti
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = "https://stella-signals.dev/evidence-chunk/v1"
 MAX_STATEMENT_BYTES: Final = 16 << 10
-_UNCLEAN_MAX = 16
-_BOOTS_MAX = 16
-_REASON_MAX = 200
+_UNCLEAN_MAX = 8
+_BOOTS_MAX = 8
+_REASON_MAX = 160
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -126,11 +126,16 @@ class Context(msgspec.Struct, frozen=True):
     signer_version: str
 
 
+def _plain(reason: str) -> str:
+    """Return a reason of bounded size: printable ASCII, other characters as `?`."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in reason[:_REASON_MAX])
+
+
 def build(ledger: Ledger, ledger_sha256: str, context: Context) -> Statement:
     """Return the statement of a chunk."""
     sums = accounting(ledger)
     monitor = coverage.read(ledger.coverage[-1].document if ledger.coverage else None)
-    unclean = [UncleanRun(run.run, run.unclean[:_REASON_MAX]) for run in ledger.runs if run.unclean]
+    unclean = [UncleanRun(run.run, _plain(run.unclean)) for run in ledger.runs if run.unclean]
     return Statement(
         STATEMENT_TYPE,
         [Subject(names.chunk_file(ledger.index, names.DATA), {"sha256": ledger.sha256})],

@@ -10,6 +10,7 @@ them all.  The evidence may be written to meanwhile: the head is read first, the
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from collections.abc import Callable
 from hashlib import sha256
@@ -52,11 +53,19 @@ def verify_chain(
         raise NotFound(f"no evidence at {path}", hint="name an evidence directory, or a .tar.gz of one")
     try:
         if path.is_dir():
-            return _Walk(path, path, trusted_keys, head, [], progress).run()
+            return _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress).run()
         if not path.name.endswith(archive.SUFFIXES):
             raise UsageError(f"{path} is neither a directory nor one of {', '.join(archive.SUFFIXES)}")
         with archive.unpacked(path) as inside:
-            return _Walk(path, inside.directory, trusted_keys, head, inside.strange, progress).run()
+            walk = _Walk(
+                path,
+                inside.directory,
+                trusted=trusted_keys,
+                head=head,
+                strange=inside.strange,
+                progress=progress,
+            )
+            return walk.run()
     except PermissionError as e:
         raise NotPermitted(
             f"{e.filename or path}: {e.strerror}", hint="run as the owner of the evidence, or as root"
@@ -82,6 +91,7 @@ class _Walk:
         self,
         shown: Path,
         directory: Path,
+        *,
         trusted: set[str] | None,
         head: Path | None,
         strange: list[str],
@@ -167,11 +177,14 @@ class _Walk:
         self._check_end(head)
         return self._report(opened, head)
 
-    def _listing(self) -> list[str]:
-        """Return the file names; a rename under way may hide one from a single look, so look until two agree."""
-        seen = sorted(entry.name for entry in self._directory.iterdir())
+    def _listing(self) -> dict[str, str]:
+        """Return the names with their kind: `file`, `directory`, or `other` (links too).
+
+        A rename under way may hide a file from a single look, so look until two agree.
+        """
+        seen = _look(self._directory)
         for _ in range(_LISTING_TRIES):
-            again = sorted(entry.name for entry in self._directory.iterdir())
+            again = _look(self._directory)
             if again == seen:
                 break
             seen = again
@@ -190,15 +203,15 @@ class _Walk:
         except ValueError as e:
             self._fault(_form(e), None, f"{names.CHAIN}: {e}")
 
-    def _read_keys(self, listing: list[str]) -> None:
+    def _read_keys(self, listing: dict[str, str]) -> None:
         directory = self._directory / names.KEYS
-        if names.KEYS not in listing or not directory.is_dir() or directory.is_symlink():
+        if listing.get(names.KEYS) != "directory":
             self._fault("missing", None, f"the directory {names.KEYS} is missing")
             return
-        for name in sorted(entry.name for entry in directory.iterdir()):
+        for name, kind in _look(directory).items():
             shown = f"{names.KEYS}/{name}"
             identity = names.parse_key_file(name)
-            if identity is None or (directory / name).is_symlink():
+            if identity is None or kind != "file":
                 if not self._left_over(name, names.parse_key_file(name.removesuffix(TMP_SUFFIX)), shown):
                     self._fault("inserted", None, f"{shown} is no public key's name")
                 continue
@@ -219,14 +232,13 @@ class _Walk:
         self._warn("left_over", None, f"{shown} was being written when something died; it means nothing")
         return True
 
-    def _chunk_files(self, listing: list[str]) -> dict[int, set[str]]:
+    def _chunk_files(self, listing: dict[str, str]) -> dict[int, set[str]]:
         kinds: dict[int, set[str]] = {}
-        for name in listing:
+        for name, kind in listing.items():
             file = names.parse_chunk_file(name)
-            path = self._directory / name
-            if file is not None and path.is_file() and not path.is_symlink():
+            if file is not None and kind == "file":
                 kinds.setdefault(file.index, set()).add(file.kind)
-            elif name not in (names.CHAIN, names.KEYS) and not (path.is_dir() and name in _IGNORED_DIRECTORIES):
+            elif name not in (names.CHAIN, names.KEYS) and not (kind == "directory" and name in _IGNORED_DIRECTORIES):
                 base = name.removesuffix(TMP_SUFFIX)
                 if not self._left_over(name, names.parse_chunk_file(base) or (base == names.CHAIN or None), name):
                     self._fault("inserted", None, f"{name} is no file of an evidence directory")
@@ -277,7 +289,7 @@ class _Walk:
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
         checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
         digest = self._digest(index, checker) if names.DATA in files else None
-        self._compare(index, stated, ledger, ledger_sha256, form, digest)
+        self._compare(index, stated=stated, ledger=ledger, ledger_sha256=ledger_sha256, form=form, digest=digest)
         if stated is not None:
             self._links(index, stated)
         if ledger is not None:
@@ -371,6 +383,7 @@ class _Walk:
     def _compare(
         self,
         index: int,
+        *,
         stated: Statement | None,
         ledger: Ledger | None,
         ledger_sha256: str,
@@ -515,6 +528,20 @@ class _Walk:
             faults=faults,
             warnings=self._warnings,
         )
+
+
+def _look(directory: Path) -> dict[str, str]:
+    """Return the names in a directory, sorted, with what each is."""
+    with os.scandir(directory) as entries:
+        found = {
+            entry.name: "file"
+            if entry.is_file(follow_symlinks=False)
+            else "directory"
+            if entry.is_dir(follow_symlinks=False)
+            else "other"
+            for entry in entries
+        }
+    return dict(sorted(found.items()))
 
 
 def _read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

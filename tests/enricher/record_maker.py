@@ -1,0 +1,140 @@
+"""Makes kernel records, honest and weird ones, for the tests of everything that reads them."""
+
+from __future__ import annotations
+
+
+
+from hypothesis import strategies as st
+
+from stella_shared import events
+from stella_shared.wire import LaneRow, Ledger, RawBatch
+
+U16 = st.integers(0, 2**16 - 1)
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+S32 = st.integers(-(2**31), 2**31 - 1)
+S64 = st.integers(-(2**63), 2**63 - 1)
+#: Bytes a name may hold, with those that JSON, UTF-8 and line readers stumble over.
+NAMES = st.one_of(
+    st.binary(max_size=60).map(lambda b: b.replace(b"\0", b"/")),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20).map(str.encode),
+    st.sampled_from(
+        [
+            b"",
+            b"/etc/passwd",
+            b'/tmp/"quoted"\\',
+            b"/tmp/\x01\x08\t\n\x0c\r\x1f\x7f",
+            "/tmp/\u2028\u2029\ufeff".encode(),
+            b"/tmp/\xff\xfe\xc3",
+            b"/tmp/\xed\xa0\x80",
+            "/tmp/\U0001f980".encode(),
+            b"/proc/self/maps",
+            b"/a/../etc/x",
+            b"//etc//shadow",
+        ]
+    ),
+)
+COMMS = st.one_of(NAMES.map(lambda b: b[:16]), st.just(b"\xff" * 16))
+ADDRESSES = st.one_of(st.binary(min_size=16, max_size=16), st.just(b"\x7f\0\0\1" + b"\0" * 12), st.just(b"\0" * 10 + b"\xff\xff\x7f\0\0\1"))
+FAMILIES = st.one_of(st.sampled_from([1, 2, 10]), U16)
+
+
+def record(
+    kind: int,
+    call: int,
+    body: bytes,
+    *,
+    seq: int = 0,
+    lane: int = 0,
+    comm: bytes = b"cat",
+    ts: int = 1,
+    cgroup: int = 1,
+    tgid: int = 5,
+    tid: int = 6,
+    uid: int = 0,
+) -> bytes:
+    """Return one record as it stands in a batch."""
+    padded = body + b"\0" * (-len(body) % 8)
+    size = events.RECORD_HEADER.size + len(padded)
+    return events.RECORD_HEADER.pack(ts, seq, cgroup, tgid, tid, uid, lane, kind, call, size, comm) + padded
+
+
+def file_open(path: bytes, *, result: int = 3, flags: int = 0, resolve: int = 0, mode: int = 0, dfd: int = -100, status: int = 0) -> bytes:
+    """Return the body of a file_open."""
+    return events.FILE_OPEN_BODY.pack(result, flags, resolve, mode, dfd, len(path), status, 0, 0) + path
+
+
+def process_exec(filename: bytes, interpreter: bytes, argv: bytes, *, name_status: int = 0, argv_status: int = 0, total: int = 0, start_ns: int = 0, ppid: int = 1) -> bytes:
+    """Return the body of a process_exec."""
+    return (
+        events.PROCESS_EXEC_BODY.pack(
+            start_ns, ppid, total, len(filename), len(interpreter), len(argv), name_status, argv_status
+        )
+        + filename + interpreter + argv
+    )  # fmt: skip
+
+
+def net_connect(call: int, path: bytes, frames: list[tuple[int, bytes, int]], *, result: int, fd: int, family: int, port: int, local_port: int, status: int, abstract: int, address: bytes, local: bytes) -> bytes:
+    """Return the body of a net_connect; those of uprobes have room for a path and frames behind it."""
+    fixed = events.NET_CONNECT_BODY.pack(
+        result, fd, family, port, local_port, len(path), status, abstract, len(frames), 0, address, local
+    )
+    if call < 8:
+        return fixed + path
+    return fixed + path.ljust(events.NET_PATH_BYTES, b"\0") + b"".join(events.STACK_FRAME.pack(*f) for f in frames)
+
+
+OPENS = st.tuples(
+    st.just(events.FILE_OPEN),
+    st.integers(0, 2),
+    st.builds(
+        file_open, NAMES, result=S64, flags=st.one_of(st.integers(0, 0o17777777), U64),
+        resolve=st.one_of(st.just(0), U64), mode=U32, dfd=st.one_of(st.just(-100), S32), status=st.integers(0, 3),
+    ),
+)  # fmt: skip
+EXECS = st.tuples(
+    st.just(events.PROCESS_EXEC),
+    st.just(3),
+    st.builds(
+        process_exec, NAMES, st.one_of(st.just(b""), NAMES), st.lists(NAMES, max_size=4).map(lambda words: b"".join(w + b"\0" for w in words)),
+        name_status=st.integers(0, 2), argv_status=st.integers(0, 2), total=U32, start_ns=U64, ppid=U32,
+    ),
+)  # fmt: skip
+STATES = st.tuples(
+    st.just(events.TCP_STATE),
+    st.just(4),
+    st.builds(
+        events.TCP_STATE_BODY.pack, FAMILIES, U16, U16, st.integers(0, 15), st.integers(0, 15), ADDRESSES, ADDRESSES,
+        st.integers(0, 2), st.just(0),
+    ),
+)  # fmt: skip
+FRAMES = st.lists(st.tuples(st.integers(0, 2), st.binary(min_size=20, max_size=20), U64), max_size=8)
+CONNECTS = st.integers(5, 10).flatmap(
+    lambda call: st.tuples(
+        st.just(events.NET_CONNECT),
+        st.just(call),
+        st.builds(
+            net_connect, st.just(call), NAMES.map(lambda b: b[:108]), FRAMES, result=S64, fd=S32, family=FAMILIES,
+            port=U16, local_port=U16, status=st.integers(0, 3), abstract=st.integers(0, 1), address=ADDRESSES,
+            local=ADDRESSES,
+        ),
+    )  # fmt: skip
+)
+TLS = st.tuples(
+    st.just(events.SSL_OP),
+    st.integers(11, 14),
+    st.builds(events.SSL_OP_BODY.pack, S64, U64, st.integers(0, 3), st.just(0)),
+)
+#: (type, call, body) of anything the kernel side may send.
+ANYTHING = st.one_of(OPENS, EXECS, STATES, CONNECTS, TLS)
+
+
+def batch(data: bytes, lanes: dict[int, int], *, node: str = "n", run: str = "0" * 16, boot_id: str = "b" * 32, libraries: list[str] | None = None, **more: object) -> RawBatch:
+    """Return a batch of these records, whose ledger says so."""
+    rows = [LaneRow(lane, 0, n, n, 0, 0) for lane, n in sorted(lanes.items()) if n]
+    return RawBatch(
+        version=1, node=node, boot_id=boot_id, run=run, number=0, ledger=Ledger(0, 1, rows, {}, {}), coverage=b"",
+        final=False, closings=[], libraries=libraries or [], records=data,
+    )  # fmt: skip
+
+

@@ -1,0 +1,277 @@
+"""Lines are built fast; here they are held to the slow and obvious way: decode, EvidenceLine, sort."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import jsonschema
+import msgspec
+import pytest
+import rfc8785
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stella_enricher.containers import HOST, Container, unknown
+from stella_enricher.lines import FRAGMENTS_MAX, Enriched, Lines, all_lost
+from stella_shared import events
+from stella_shared.errors import BrokenPromise
+from stella_shared.patterns import PathFilter
+from stella_shared.wire import LaneRow, Ledger, RawBatch, ledger_faults
+from tests.enricher.record_maker import ANYTHING, COMMS, U32, U64, batch, file_open, record
+
+ID = "docker://" + "a1" * 32
+DIGEST = "sha256:" + "c0" * 32
+#: By cgroup id: every kind of container there is.
+CONTAINERS = {
+    1: HOST,
+    2: Container(ID, id_basis="name", image_digest=DIGEST, image_digest_kind="config", image_name="nginx"),
+    3: Container("containerd://" + "b2" * 32, image_digest=DIGEST, image_digest_kind="manifest"),
+    4: Container("podman://" + "b2" * 32, image_reason="no_runtime_socket"),
+    5: Container("cri-o://" + "b2" * 32, image_digest=DIGEST),
+    6: unknown(6, "gone"),
+    7: Container(ID, image_reason="pending"),
+}
+ALL = PathFilter([], [])
+NODES = st.one_of(st.sampled_from(["n", 'weiß "n"\\', "\u2028"]), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+validator = jsonschema.Draft202012Validator(events.json_schema())
+
+
+def container_of(cgroup: int) -> Container:
+    """Return the container of a cgroup, unknown when it is none of ours."""
+    return CONTAINERS.get(cgroup) or unknown(cgroup, "not_found")
+
+
+def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container: Container) -> bytes:
+    """Return a record's line, made the obvious way."""
+    nobody = isinstance(event, events.TcpState) and event.attribution == "none"
+    stranger = container.container_id.startswith("unknown:")
+    return events.encode_line(
+        events.EvidenceLine(
+            boot_id=batch.boot_id,
+            cgroup_id=r.cgroup_id,
+            event=event,
+            lane=r.lane,
+            node=batch.node,
+            run=batch.run,
+            seq=r.seq,
+            src=events.CALL_SOURCES[r.call],
+            ts_ns=r.ts_ns,
+            comm=None if nobody else events.text(r.comm),
+            container_id=container.container_id or None,
+            container_reason=container.reason if stranger else None,
+            image_digest=container.image_digest or None,
+            image_digest_kind=container.image_digest_kind or None,  # type: ignore[arg-type]
+            image_reason=None if container.image_digest else container.image_reason or None,
+            pid=None if nobody else r.tgid,
+            tid=None if nobody else r.tid,
+            uid=None if nobody else r.uid,
+        )
+    )
+
+
+def slow(batch: RawBatch, paths: PathFilter, container_of: Callable[[int], Container]) -> dict[str, list[bytes]]:
+    """Return every line of a batch by type, made the obvious way."""
+    out: dict[str, list[bytes]] = {}
+    for r in events.records(batch.records):
+        event = events.decode_event(r.type, r.call, r.body, batch.libraries)
+        if isinstance(event, events.FileOpen) and event.path is not None and not paths.decide(event.path):
+            continue
+        out.setdefault(events.TYPE_NAMES[r.type], []).append(slow_line(batch, r, event, container_of(r.cgroup_id)))
+    return out
+
+
+def of(enriched: Enriched) -> dict[str, list[bytes]]:
+    """Return the lines of an enriched batch by type."""
+    return {part.type: part.body.splitlines(keepends=True) for part in enriched.parts}
+
+
+LINES = st.tuples(
+    ANYTHING, COMMS, U64, st.one_of(st.integers(1, 8), U64), st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1), U32,
+    st.integers(0, 9),
+)  # fmt: skip
+
+
+def batch_of(rows: list[tuple], **more: object) -> RawBatch:
+    """Return a batch of drawn records, numbered in their lanes from a drawn start."""
+    numbers: Counter[int] = Counter()
+    data = b""
+    for (kind, call, body), comm, ts, cgroup, tgid, tid, uid, lane in rows:
+        data += record(
+            kind, call, body, seq=numbers[lane], lane=lane, comm=comm, ts=ts, cgroup=cgroup, tgid=tgid, tid=tid, uid=uid
+        )
+        numbers[lane] += 1
+    return batch(data, dict(numbers), **more)  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(LINES, max_size=12), node=NODES, libraries=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=3))
+def test_fast_lines_are_the_slow_lines(rows: list[tuple], node: str, libraries: list[str]) -> None:
+    """Byte for byte, for records of every type, every container, any name; a second build gives the same."""
+    raw = batch_of(rows + rows, node=node, libraries=libraries)
+    lines = Lines(ALL)
+    expected = slow(raw, ALL, container_of)
+    first = lines.build(raw, container_of)
+    assert expected == of(first)
+    assert expected == of(lines.build(raw, container_of))
+    assert [part.type for part in first.parts] == sorted(expected, key=lambda name: events.EVENT_TYPES.index(name))
+    assert all(part.lines == len(expected[part.type]) for part in first.parts)
+    assert raw.ledger == first.ledger
+
+
+def small(value: object) -> object:
+    """Return a line's value with the integers that RFC 8785 cannot carry made small."""
+    if isinstance(value, dict):
+        return {key: small(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [small(inner) for inner in value]
+    return value % 2**53 if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(LINES, min_size=1, max_size=3), node=NODES)
+def test_lines_are_canonical_and_valid(rows: list[tuple], node: str) -> None:
+    """Each line validates against the published schema, decodes to what it was, and is what RFC 8785 prescribes."""
+    enriched = Lines(ALL).build(batch_of(rows, node=node), container_of)
+    for line in [line for part in enriched.parts for line in part.body.split(b"\n")[:-1]]:
+        value = json.loads(line)
+        validator.validate(value)
+        again = events.decode_line(line)
+        assert line + b"\n" == events.encode_line(again)
+        reduced = small(value)
+        assert rfc8785.dumps(reduced) == msgspec.json.encode(reduced, order="sorted")
+        if reduced == value:
+            assert rfc8785.dumps(value) == line
+
+
+def test_big_integers_keep_their_digits() -> None:
+    """Times, flags and offsets beyond 2^53 are written exactly."""
+    raw = batch(record(1, 2, file_open(b"/x", resolve=2**64 - 1), ts=2**63 + 1, cgroup=2**53 + 1, seq=0), {0: 1})
+    (part,) = Lines(ALL).build(raw, container_of).parts
+    assert b'"ts_ns":9223372036854775809}' in part.body
+    assert b'"resolve":18446744073709551615' in part.body
+    assert b'"cgroup_id":9007199254740993,' in part.body
+
+
+def test_no_name_breaks_a_line() -> None:
+    """Whatever a path holds, a batch of N records is N lines, and each says the path's own bytes."""
+    names = [b"/a\nb", b"/a\r\nb", "/\u2028\u2029\x85".encode(), b'/"}\n{"', b"/\x1f\x7f", b"/\xff\n", b"\n"]
+    data = b"".join(record(1, 1, file_open(name), seq=i) for i, name in enumerate(names))
+    (part,) = Lines(ALL).build(batch(data, {0: len(names)}), container_of).parts
+    lines = part.body.split(b"\n")
+    assert b"" == lines.pop()
+    paths = [json.loads(line)["event"]["path"] for line in lines]
+    assert [name.decode("utf-8", "backslashreplace") for name in names] == paths
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(LINES, max_size=12),
+    allow=st.sampled_from([[], ["/etc/**"], ["/tmp/**", "/etc/passwd"], ["/*/*.conf"]]),
+    deny=st.sampled_from([[], ["/proc/**"], ["/etc/**"], ["/**/self/*"]]),
+)
+def test_filtered_opens_are_counted_and_leave_no_line(rows: list[tuple], allow: list[str], deny: list[str]) -> None:
+    """Opens that the lists refuse become `user_path`; the identity still holds, with the same numbers."""
+    paths = PathFilter(allow, deny)
+    raw = batch_of(rows + rows)
+    lines = Lines(paths)
+    enriched = lines.build(raw, container_of)
+    expected = slow(raw, paths, container_of)
+    assert expected == of(enriched)
+    assert [] == ledger_faults(enriched.ledger)
+    assert enriched.ledger.filtered.get("user_path", 0) == len(rows) * 2 - sum(map(len, expected.values()))
+    assert [(r.lane, r.first, r.next) for r in raw.ledger.lanes] == [
+        (r.lane, r.first, r.next) for r in enriched.ledger.lanes
+    ]
+
+
+def test_a_container_that_becomes_known_shows_in_the_next_batch() -> None:
+    """What is kept by cgroup never outlives the container that was said for it."""
+    lines = Lines(ALL)
+    raw = batch(record(1, 1, file_open(b"/x"), cgroup=9), {0: 1})
+    answers = iter([unknown(9, "pending"), CONTAINERS[7], CONTAINERS[2], CONTAINERS[2], HOST])
+    for _ in range(5):
+        answer = next(answers)
+        assert slow(raw, ALL, lambda _: answer) == of(lines.build(raw, lambda _: answer))  # noqa: B023
+
+
+def test_kept_parts_follow_node_boot_run_and_libraries() -> None:
+    """The same record bytes in another batch carry that batch's names, not the former's."""
+    lines = Lines(ALL)
+    data = record(5, 13, events.SSL_OP_BODY.pack(1, 7, 0, 0))
+    for changes in (
+        {"libraries": ["/lib/a.so"]}, {"libraries": ["/lib/b.so"]}, {"libraries": []}, {"node": "other"},
+        {"boot_id": "c" * 32}, {"run": "f" * 16}, {"libraries": ["/lib/a.so"]},
+    ):  # fmt: skip
+        raw = batch(data, {0: 1}, **changes)  # type: ignore[arg-type]
+        assert slow(raw, ALL, container_of) == of(lines.build(raw, container_of))
+
+
+def test_more_distinct_events_than_are_kept() -> None:
+    """A flood of ever new paths stays correct beyond the table's size."""
+    lines = Lines(ALL)
+    count = 2048
+    for start in range(0, FRAGMENTS_MAX + 3 * count, count):
+        data = b"".join(record(1, 1, file_open(b"/%d" % (start + i)), seq=i) for i in range(count))
+        (part,) = lines.build(batch(data, {0: count}), container_of).parts
+        assert count == part.lines
+        assert part.body.startswith(b'{"boot_id"')
+        assert b'"path":"/%d"' % (start + count - 1) in part.body
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.one_of(st.binary(max_size=400), st.lists(LINES, min_size=1, max_size=3).map(lambda rows: batch_of(rows).records)), cut=st.integers(0, 400), flip=st.tuples(st.integers(0, 399), st.integers(0, 255)))
+def test_bytes_that_are_no_records_are_a_broken_promise(data: bytes, cut: int, flip: tuple[int, int]) -> None:
+    """Arbitrary, cut and changed bytes give lines or `BrokenPromise`, never anything else."""
+    broken = bytearray(data[: max(cut, 1)])
+    if flip[0] < len(broken):
+        broken[flip[0]] ^= flip[1]
+    counted: Counter[int] = Counter()
+    try:
+        for r in events.records(bytes(broken)):
+            counted[r.lane] += 1
+    except BrokenPromise:
+        pass
+    try:
+        enriched = Lines(ALL).build(batch(bytes(broken), dict(counted)), container_of)
+    except BrokenPromise:
+        return
+    assert sum(counted.values()) == sum(part.lines for part in enriched.parts)
+
+
+def test_a_ledger_that_speaks_of_other_records_is_a_broken_promise() -> None:
+    """A batch must hold exactly what its ledger says was recorded."""
+    data = record(1, 1, file_open(b"/x"))
+    for lanes in ({}, {0: 2}, {1: 1}, {0: 1, 1: 1}):
+        with pytest.raises(BrokenPromise, match="ledger"):
+            Lines(ALL).build(batch(data, lanes), container_of)
+
+
+def test_a_call_of_another_type_is_a_broken_promise() -> None:
+    """An open that claims to come from SSL_read is no record; a type or call nobody knows is none either."""
+    for kind, call in ((1, 11), (1, 3), (2, 0), (3, 5), (5, 0), (4, 4), (0, 0), (6, 0), (1, 15), (1, 65535)):
+        with pytest.raises(BrokenPromise):
+            Lines(ALL).build(batch(record(kind, call, file_open(b"/x" * 40)), {0: 1}), container_of)
+
+
+def test_an_unusable_batch_is_lost_by_name() -> None:
+    """`all_lost` moves what was recorded to `enricher`, keeps what was lost and filtered, and stays honest."""
+    ledger = Ledger(1, 2, [LaneRow(0, 5, 15, 7, 1, 2), LaneRow(1, 0, 3, 3, 0, 0)], {"user_path": 1}, {"ring_full": 2})
+    assert [] == ledger_faults(ledger)
+    gone = all_lost(ledger)
+    assert [] == ledger_faults(gone)
+    assert {"ring_full": 2, "enricher": 10} == gone.lost
+    quiet = Ledger(1, 2, [], {"kernel_path": 3}, {})
+    assert quiet == all_lost(quiet)
+
+
+def test_building_is_linear_in_the_batch() -> None:
+    """A hostile batch of the largest size, all distinct and all escapes, is built well within a second."""
+    path = b"\x01\xff\"" * 1300
+    data = b"".join(record(1, 1, file_open(path + b"%d" % i), seq=i) for i in range(64))
+    begin = time.perf_counter()
+    (part,) = Lines(ALL).build(batch(data, {0: 64}), container_of).parts
+    assert time.perf_counter() - begin < 1.0
+    assert 64 == part.lines

@@ -1,0 +1,106 @@
+"""A verifier written from docs/evidence-format.md alone: it imports nothing of ours, and agrees."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections import defaultdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from chain_maker import small_chain
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+from stella_shared.evidence.report import FAULT_CODES
+
+DOC = Path(__file__).parents[2] / "docs" / "evidence-format.md"
+
+
+def root(leaves: list[bytes]) -> bytes:
+    if len(leaves) < 2:
+        return leaves[0] if leaves else sha256().digest()
+    k = 1 << (len(leaves) - 1).bit_length() - 1
+    return sha256(b"\1" + root(leaves[:k]) + root(leaves[k:])).digest()
+
+
+def stranger(evidence: Path, trusted: str) -> dict[str, int]:
+    """Verify a chain; return the sums of its accounting."""
+    manifest = (evidence / "chain.json").read_bytes()
+    chain = json.loads(manifest)
+    key = load_pem_public_key((evidence / "keys" / f"{trusted}.pem").read_bytes())
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert trusted == sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    previous: dict[str, Any] | None = None
+    previous_ledger, live = "", {}
+    sums: dict[str, int] = defaultdict(int)
+    for index in range(1, 1 + len(list(evidence.glob("*.dsse.json")))):
+        name = f"{index:06d}"
+        envelope = json.loads((evidence / f"{name}.dsse.json").read_bytes())
+        payload = base64.b64decode(envelope["payload"])
+        kind = envelope["payloadType"].encode()
+        signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+        assert envelope["signatures"][0]["keyid"] == trusted
+        key.verify(base64.b64decode(envelope["signatures"][0]["sig"]), signed, ec.ECDSA(hashes.SHA256()))
+        statement = json.loads(payload)
+        predicate = statement["predicate"]
+        data = (evidence / f"{name}.ndjson").read_bytes()
+        ledger_bytes = (evidence / f"{name}.ledger.json").read_bytes()
+        ledger = json.loads(ledger_bytes)
+        lines = data.split(b"\n")[:-1]
+        assert statement["subject"] == [{"name": f"{name}.ndjson", "digest": {"sha256": sha256(data).hexdigest()}}]
+        assert predicate["chain"] == {
+            "id": chain["chain_id"],
+            "index": index,
+            "previous": previous,
+            "manifest_sha256": sha256(manifest).hexdigest(),
+            "predecessor": chain["predecessor"],
+        }
+        merkle_root = root([sha256(b"\0" + line).digest() for line in lines]).hex()
+        assert predicate["events"] == {"count": len(lines), "bytes": len(data), "merkle_root": merkle_root}
+        assert predicate["accounting"]["ledger_sha256"] == sha256(ledger_bytes).hexdigest()
+        assert ledger["previous_ledger_sha256"] == previous_ledger
+        rows = [(run, *row) for run in ledger["runs"] for row in run["lanes"]]
+        unnumbered = sum(n for cause, n in ledger["filtered"].items() if cause.startswith("kernel_"))
+        unnumbered += ledger["lost"].get("probe_missed", 0)
+        produced = sum(row[3] - row[2] for row in rows) + unnumbered
+        assert produced == predicate["accounting"]["produced"]
+        assert produced == len(lines) + sum(ledger["filtered"].values()) + sum(ledger["lost"].values())
+        numbers = defaultdict(set)
+        for line in lines:
+            event = json.loads(line)
+            numbers[event["run"], event["lane"]].add(event["seq"])
+        for run, lane, first, after, recorded, filtered, lost in rows:
+            assert after - first == recorded + filtered + lost
+            assert live.get((run["run"], lane), 0) == first
+            here = numbers.pop((run["run"], lane), set())
+            assert len(here) == recorded
+            assert all(first <= seq < after for seq in here)
+            live[run["run"], lane] = after
+        assert not numbers
+        previous = {
+            "index": index,
+            "chunk_sha256": sha256(data).hexdigest(),
+            "statement_sha256": sha256(payload).hexdigest(),
+        }
+        previous_ledger = sha256(ledger_bytes).hexdigest()
+        for word in ("produced", "recorded", "filtered", "lost"):
+            sums[word] += predicate["accounting"][word]
+    return sums
+
+
+def test_a_stranger_agrees(tmp_path: Path) -> None:
+    """From the page alone: the same verdict, the same sums."""
+    node = small_chain(tmp_path)
+    totals = node.verify().totals
+    expected = {w: getattr(totals, w) for w in ("produced", "recorded", "filtered", "lost")}
+    assert expected == stranger(node.evidence, node.made.key_id)
+
+
+def test_the_page_names_every_fault() -> None:
+    """The table of faults is the code's."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", DOC.read_text().split("| fault | meaning |")[1], re.MULTILINE))
+    assert FAULT_CODES == rows
