@@ -46,7 +46,7 @@ $(BIN)/python: | system-build
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml requirements.lock bpf/stella.bpf.c $(wildcard bpf/include/*.h) services/collector/stella_collector/ring.c bpf/Makefile | $(BIN)/python
+$(VENV)/installed: pyproject.toml requirements.lock bpf/Makefile bpf/stella.bpf.c $(wildcard bpf/include/*.h) $(wildcard */*/*.c */*/*/*.c) | $(BIN)/python
 	$(MAKE) -s -C bpf PYTHON=$(abspath $(BIN)/python)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .

@@ -20,8 +20,16 @@ class NativeParts(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build, unless everything stands."""
-        native = Path(self.root) / "services/collector/stella_collector/native"
-        wanted = [native / name for name in ("stella.bpf.o", "ring.so", "libbpf.so.1")]
+        wanted = [
+            Path(self.root) / path
+            for path in (
+                "services/collector/stella_collector/native/stella.bpf.o",
+                "services/collector/stella_collector/native/ring.so",
+                "services/collector/stella_collector/native/libbpf.so.1",
+                "services/enricher/stella_enricher/native/lines.so",
+                "shared/stella_shared/evidence/native/merkle.so",
+            )
+        ]
         if not all(path.exists() for path in wanted):
             if shutil.which("make") is None:
                 self.app.display_warning("make is missing: the collector's native parts are not built")

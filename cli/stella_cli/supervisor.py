@@ -1,7 +1,7 @@
 """The supervisor: starts every part of a node, keeps it running, and ends it in order.
 
     nats → signer → enrichers → collector → gateway        start: each when the one before it stands
-    collector → (queue empty) → enrichers → (queue empty) → signer → gateway → nats      stop
+    collector → enrichers → signer → gateway → nats        stop: each empties its queue before it ends
 
 The one module that starts services.  Each is a process in a session of its own, so Ctrl-C reaches the
 supervisor alone; the kernel kills them all if the supervisor dies.  A part is ready when its heartbeat says
@@ -32,14 +32,16 @@ from stella_cli.node_file import ChildEntry, NodeFile
 from stella_cli.process import Child, Identity
 from stella_cli.service_log import Line, ServiceLog
 from stella_cli.tailing import connected
-from stella_shared import clock, subjects
+from stella_shared import clock
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError, TryAgain
 from stella_shared.wire import Beat
 
 READY_SECONDS: Final = 60.0
-STOP_SECONDS: Final = 20.0
+#: Longer than any part gives itself to finish (the signer: 20 s and the last signature), so that only one that
+#: hangs is killed.
+STOP_SECONDS: Final = 30.0
 BUS_SECONDS: Final = 10.0
 BACKOFF_FIRST_SECONDS: Final = 0.2
 BACKOFF_LAST_SECONDS: Final = 5.0
@@ -341,11 +343,9 @@ class Supervisor:
     # ---- down
 
     async def _bring_down(self) -> None:
-        """End every part, those that make work before those that do it."""
+        """End every part, those that make work before those that do it; each works off what is queued for it."""
         await self._end("collector")
-        await self._drained("enricher", subjects.RAW_STREAM, subjects.RAW_DURABLE)
         await self._end("enricher")
-        await self._drained("signer", subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
         await self._end("signer")
         await self._end("gateway")
         await self._end("nats")
@@ -364,22 +364,6 @@ class Supervisor:
                 if not self._hurry.is_set():
                     self._say("warning", f"{part.name} did not end in {STOP_SECONDS:.0f} s and was killed")
                 await part.gone.wait()
-
-    async def _drained(self, service: str, stream: str, durable: str) -> None:
-        """Wait until the workers of `service` have taken everything queued for them, if they run."""
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.bus is not None and not self._hurry.is_set() and time.monotonic() < deadline:
-            if not any(p.state == "ready" for p in self.parts if p.service == service):
-                return
-            try:
-                if await self.bus.lag_bytes(stream, durable) == 0:
-                    return
-            except TryAgain:
-                pass
-            with anyio.move_on_after(0.1):
-                await self._hurry.wait()
-        if time.monotonic() >= deadline:
-            self._say("warning", f"{stream} still holds work; the next start goes on with it")
 
 
 def effective_config_path(state: Path) -> Path:

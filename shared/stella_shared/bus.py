@@ -128,7 +128,7 @@ class Work:
             try:
                 await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
             except nats.js.errors.NotFoundError:
-                with contextlib.suppress(TryAgain, nats.errors.Error, asyncio.TimeoutError):
+                with contextlib.suppress(TryAgain, nats.errors.Error, TimeoutError):
                     await self._bus.ensure_streams()
                     await self._ensure_consumer()
             except (TimeoutError, nats.errors.Error):

@@ -61,6 +61,8 @@ CALL_SOURCES: Final = (
     "uprobe:SSL_read_ex",
     "uprobe:SSL_write_ex",
 )
+#: Which type of record each call makes.
+CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5)
 _STATUS_OK, _STATUS_TRUNCATED, _STATUS_FAULT, _STATUS_ABSENT = 0, 1, 2, 3
 _FAULT_REASON: Final = "the address could not be read"
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
@@ -81,6 +83,8 @@ _TCP_STATES: Final = (
     "NEW_SYN_RECV",
     "BOUND_INACTIVE",
 )
+_O_PATH: Final = 0o10000000
+_ACCESS: Final[tuple[Literal["read", "write", "read_write"], ...]] = ("read", "write", "read_write", "read_write")
 _ATTRIBUTIONS: Final = ("none", "current", "socket_owner")
 
 # ---- evidence lines ---------------------------------------------------------------------------------------
@@ -110,9 +114,7 @@ class FileOpen(_Event, frozen=True, tag="file_open"):
         ),
     ]
     result: Annotated[int, Meta(description="File descriptor, or -errno when the open was refused.")]
-    dfd: (
-        Annotated[int, Meta(description="Directory descriptor a relative path starts from; -100 is the cwd.")] | None
-    ) = None
+    dfd: Annotated[int, Meta(description="Directory a relative path starts from; -100: the cwd.")] | None = None
     path: Annotated[str, Meta(description="The path as the caller wrote it.")] | None = None
     path_reason: Annotated[str, Meta(description="Why there is no path.")] | None = None
     resolve: Annotated[int, Meta(ge=0, description="openat2(2) resolve flags, when any.")] | None = None
@@ -247,7 +249,7 @@ def decode_line(data: bytes | str) -> EvidenceLine:
     """Parse one line.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
         return _line_decoder.decode(data)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise BrokenPromise(f"evidence line: {e}") from None
 
 
@@ -300,11 +302,9 @@ def _cut(body: bytes, start: int, length: int) -> bytes:
 
 def _file_open(body: bytes) -> FileOpen:
     result, flags, resolve, mode, dfd, length, status, _, _ = FILE_OPEN_BODY.unpack_from(body)
-    access: Literal["read", "write", "read_write", "path"]
-    if flags & 0o10000000:
+    access: Literal["read", "write", "read_write", "path"] = _ACCESS[flags & 3]
+    if flags & _O_PATH:
         access = "path"
-    else:
-        access = ("read", "write", "read_write", "read_write")[flags & 3]
     path = None if status == _STATUS_FAULT else text(_cut(body, FILE_OPEN_BODY.size, length))
     return FileOpen(
         access=access,
@@ -424,6 +424,8 @@ def _ssl_op(body: bytes, call: int, libraries: list[str]) -> SslOp:
 
 def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Event:
     """Decode a record's body.  Raises `BrokenPromise` when it cannot be one."""
+    if call >= len(CALL_TYPES) or kind != CALL_TYPES[call]:
+        raise BrokenPromise(f"a record of type {kind} by call {call}")
     try:
         match kind:
             case 1:

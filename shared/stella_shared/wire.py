@@ -211,6 +211,8 @@ class Beat(msgspec.Struct):
 #: `Beat.state` values; anything but `ok` makes `/health` say so.
 BEAT_STATES: Final = ("starting", "ok", "degraded", "failed", "stopping")
 
+#: What the decoders raise for hostile bytes: wrong types, text that is no UTF-8, nesting without end.
+_REFUSALS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _raw_encoder = msgspec.msgpack.Encoder()
 _raw_decoder = msgspec.msgpack.Decoder(RawBatch)
 _head_encoder = msgspec.json.Encoder()
@@ -227,7 +229,7 @@ def decode_raw(data: bytes) -> RawBatch:
     """Decode a raw batch.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
         batch = _raw_decoder.decode(data)
-    except msgspec.MsgspecError as e:
+    except _REFUSALS as e:
         raise BrokenPromise(f"raw batch of {len(data)} bytes: {e}") from None
     if batch.version != WIRE_VERSION:
         raise BrokenPromise(f"raw batch speaks wire version {batch.version}, this is {WIRE_VERSION}")
@@ -243,7 +245,7 @@ def decode_head(text: str | bytes) -> PartHead:
     """Decode a part head.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
         head = _head_decoder.decode(text)
-    except msgspec.MsgspecError as e:
+    except _REFUSALS as e:
         raise BrokenPromise(f"head of an enriched message: {e}") from None
     if head.version != WIRE_VERSION:
         raise BrokenPromise(f"enriched head speaks wire version {head.version}, this is {WIRE_VERSION}")
@@ -259,5 +261,5 @@ def decode_beat(data: bytes) -> Beat:
     """Decode a heartbeat.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
         return _beat_decoder.decode(data)
-    except msgspec.MsgspecError as e:
+    except _REFUSALS as e:
         raise BrokenPromise(f"heartbeat: {e}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 import anyio
 
 from stella_shared import config, lifecycle, subjects
-from stella_shared.bus import Bus
+from stella_shared.bus import Bus, Message
 from stella_shared.errors import TryAgain
 from stella_shared.wire import Beat
 
@@ -75,11 +75,12 @@ async def _serve(service: str, instance: str, config_file: Path, manners: Path) 
                 )
 
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(lifecycle.beating, bus, beat, stop)
+                done = anyio.Event()
+                tasks.start_soon(lifecycle.beating, bus, beat, done)
                 if service == "collector":
                     tasks.start_soon(_collect, bus, signals, stop)
                 if service in ("enricher", "signer"):
-                    tasks.start_soon(_work, bus, signals, service, manners)
+                    await _work(bus, signals, service, manners, stop)
                 await stop.wait()
                 if service == "collector":
                     await _publish(bus, subjects.raw(config.node_name(signals)), b"last", f"last-{os.getpid()}")
@@ -102,15 +103,18 @@ async def _collect(bus: Bus, signals: config.Signals, stop: anyio.Event) -> None
         await anyio.sleep(0.05)
 
 
-async def _work(bus: Bus, signals: config.Signals, service: str, manners: Path) -> None:
+async def _work(bus: Bus, signals: config.Signals, service: str, manners: Path, stop: anyio.Event) -> None:
     enricher = service == "enricher"
     stream = subjects.RAW_STREAM if enricher else subjects.ENRICHED_STREAM
     durable = subjects.RAW_DURABLE if enricher else subjects.SIGNER_DURABLE
     filter_subject = subjects.RAW_SUBJECTS if enricher else subjects.ENRICHED_SUBJECTS
     queue = durable if enricher else ""
     async with bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=64, queue=queue) as work:
-        while True:
-            for message in await work.get(16, 0.0):
+        while not stop.is_set() or await work.pending() != (0, 0):
+            messages: list[Message] = []
+            with anyio.move_on_after(0.1):
+                messages = await work.get(16, 0.0)
+            for message in messages:
                 if enricher:
                     subject = subjects.enriched(config.node_name(signals), "file_open")
                     number = -1 if message.data == b"last" else int(message.data)

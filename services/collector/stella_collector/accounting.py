@@ -144,7 +144,8 @@ class Accountant:
                 if delta := counters.filtered[cause] - lane.filtered[cause]:
                     filtered[name] = filtered.get(name, 0) + delta
                     lane.filtered[cause] = counters.filtered[cause]
-            if lane.settled != first:
+            # The last batch names every lane that was used, so that a hole just before the end shows too.
+            if lane.settled != first or (last and first):
                 rows.append(LaneRow(index, first, lane.settled, recorded, 0, gone))
         if missed > self._missed:
             lost["probe_missed"] = missed - self._missed

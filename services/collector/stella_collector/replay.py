@@ -1,7 +1,7 @@
 """The stand-in for a kernel: recorded batches of ring bytes, played again at the pace they had.
 
 It needs no privilege, announces itself in the coverage (`stand_in`), the log and the heartbeat, and goes the
-same way as real batches from the spool on.  A recording is a MessagePack array of `Frame`.
+same way as real batches from the spool on.  A recording is one MessagePack `Recording`; tests/system/record_demo.py makes it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SPOOL_BYTES: Final = 16 << 20
 RECORDING_BYTES_MAX: Final = 64 << 20
+#: Who started the demonstration wants to see its beginning.
+CURTAIN_SECONDS: Final = 1.5
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -41,12 +43,19 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     records: bytes
 
 
-def load(path: Path) -> list[Frame]:
+class Recording(msgspec.Struct, frozen=True, array_like=True):
+    """Recorded batches, and the boot they come from: cgroup ids and times mean nothing on another."""
+
+    boot_id: str
+    frames: list[Frame]
+
+
+def load(path: Path) -> Recording:
     """Read a recording.  Raises `NotFound`, or `UsageError` when it is none."""
     try:
         if path.stat().st_size > RECORDING_BYTES_MAX:
             raise UsageError(f"{path} is larger than a recording may be ({RECORDING_BYTES_MAX} bytes)")
-        return msgspec.msgpack.decode(path.read_bytes(), type=list[Frame])
+        return msgspec.msgpack.decode(path.read_bytes(), type=Recording)
     except OSError as e:
         raise NotFound(f"no recording at {path}: {e.strerror}") from None
     except msgspec.MsgspecError as e:
@@ -67,7 +76,7 @@ def shifted(ledger: Ledger, taken: dict[int, int]) -> Ledger:
 
 async def serve(signals: Signals, path: Path) -> None:
     """Play the recording once, then stay quiet until told to stop."""
-    frames = load(path)
+    recording = load(path)
     node = node_name(signals)
     log.warning("this is a demonstration: events come from the recording %s, not from this kernel", path.name)
     user, password = bus_user(signals, "collector")
@@ -97,7 +106,7 @@ async def serve(signals: Signals, path: Path) -> None:
             def put(ledger: Ledger, libraries: list[str], records: bytes, *, final: bool = False) -> None:
                 nonlocal number
                 batch = RawBatch(
-                    WIRE_VERSION, node, clock.boot_id(), runs.current, number, ledger,
+                    WIRE_VERSION, node, recording.boot_id, runs.current, number, ledger,
                     document if number == 0 else b"", final, [], libraries, records,
                 )  # fmt: skip
                 spool.put(f"{runs.current}.{number}", encode_raw(batch))
@@ -119,9 +128,9 @@ async def serve(signals: Signals, path: Path) -> None:
                 done = anyio.Event()
                 tasks.start_soon(spool.run)
                 tasks.start_soon(lifecycle.beating, bus, beat, done)
-                begin = anyio.current_time()
+                begin = anyio.current_time() + CURTAIN_SECONDS
                 taken: dict[int, int] = {}
-                for frame in frames:
+                for frame in recording.frames:
                     with anyio.move_on_after(max(0.0, begin + frame.after_ns / 1e9 - anyio.current_time())):
                         await stop.wait()
                     if stop.is_set():

@@ -64,7 +64,7 @@ struct lines {
 	struct text node, run; /* `"node":"…",` and `"run":"…",` */
 	struct out out[TYPES];
 	uint32_t lanes;
-	uint64_t *counted, *filtered; /* by lane */
+	uint64_t *counted, *filtered; /* by lane; behind the last lane stands the sum */
 };
 
 static int copy(struct text *t, const char *from, uint32_t length)
@@ -95,8 +95,8 @@ struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint3
 	l->lanes = lanes;
 	l->events = calloc((size_t)l->events_mask + 1, sizeof(*l->events));
 	l->places = calloc((size_t)l->places_mask + 1, sizeof(*l->places));
-	l->counted = calloc(lanes, sizeof(uint64_t));
-	l->filtered = calloc(lanes, sizeof(uint64_t));
+	l->counted = calloc((size_t)lanes + 1, sizeof(uint64_t));
+	l->filtered = calloc((size_t)lanes + 1, sizeof(uint64_t));
 	if (!l->events || !l->places || !l->counted || !l->filtered)
 		return NULL; /* the process is at its end anyway */
 	return l;
@@ -156,8 +156,8 @@ int stella_lines_begin(struct lines *l, const char *node, uint32_t node_length, 
 	drop(&l->run);
 	for (int i = 0; i < TYPES; i++)
 		l->out[i].length = l->out[i].lines = 0;
-	memset(l->counted, 0, l->lanes * sizeof(uint64_t));
-	memset(l->filtered, 0, l->lanes * sizeof(uint64_t));
+	memset(l->counted, 0, ((size_t)l->lanes + 1) * sizeof(uint64_t));
+	memset(l->filtered, 0, ((size_t)l->lanes + 1) * sizeof(uint64_t));
 	return copy(&l->node, node, node_length) | copy(&l->run, run, run_length);
 }
 
@@ -306,6 +306,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 			return NEED_EVENT;
 		if (!e->type) {
 			l->counted[h->lane]++;
+			l->counted[l->lanes]++;
 			l->filtered[h->lane]++;
 			at += h->size;
 			continue;
@@ -343,6 +344,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		out->length = o - out->at;
 		out->lines++;
 		l->counted[h->lane]++;
+		l->counted[l->lanes]++;
 		at += h->size;
 	}
 	*position = at;

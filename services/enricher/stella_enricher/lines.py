@@ -162,10 +162,11 @@ def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -
     if not filtered:
         return ledger
     rows = [
-        LaneRow(r.lane, r.first, r.next, r.recorded - filtered.get(r.lane, 0), filtered.get(r.lane, 0), r.lost)
+        LaneRow(r.lane, r.first, r.next, r.recorded - n, r.filtered + n, r.lost)
         for r in ledger.lanes
+        for n in (filtered.get(r.lane, 0),)
     ]
-    causes = {**ledger.filtered, "user_path": sum(filtered.values())}
+    causes = {**ledger.filtered, "user_path": ledger.filtered.get("user_path", 0) + sum(filtered.values())}
     return Ledger(ledger.start_ns, ledger.end_ns, rows, causes, ledger.lost)
 
 
@@ -319,10 +320,9 @@ class CLines(Lines):
                 parts.append(Part(name, lines.value, ctypes.string_at(at_text, length.value)))
         counted, filtered = lib.stella_lines_counts(table, 0), lib.stella_lines_counts(table, 1)
         lanes = [row.lane for row in batch.ledger.lanes if row.lane < self._lanes]
-        total = sum(part.lines for part in parts)
         found = {lane: counted[lane] for lane in lanes if counted[lane]}
         dropped = {lane: filtered[lane] for lane in lanes if filtered[lane]}
-        if sum(found.values()) - sum(dropped.values()) != total:
+        if sum(found.values()) != counted[self._lanes]:
             raise BrokenPromise("the batch holds records of lanes that its ledger does not name")
         return parts, found, dropped
 
@@ -337,7 +337,7 @@ def open_lines(paths: PathFilter) -> Lines:
 
 def all_lost(ledger: Ledger) -> Ledger:
     """Return the ledger of a batch whose records cannot be used: what they were is lost, by the enricher."""
-    rows = [LaneRow(r.lane, r.first, r.next, 0, 0, r.lost + r.recorded) for r in ledger.lanes]
+    rows = [LaneRow(r.lane, r.first, r.next, 0, r.filtered, r.lost + r.recorded) for r in ledger.lanes]
     gone = sum(r.recorded for r in ledger.lanes)
     lost = {**ledger.lost, "enricher": ledger.lost.get("enricher", 0) + gone} if gone else ledger.lost
     return Ledger(ledger.start_ns, ledger.end_ns, rows, ledger.filtered, lost)

@@ -1,0 +1,67 @@
+"""The demonstration: the same pipeline over recorded ring bytes, without any privilege."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from stella_shared.evidence.verify import verify_chain
+from tests.system.node import free_port
+
+
+def test_the_demo_needs_no_privilege_and_says_what_it_is(tmp_path: Path) -> None:
+    """Without any capability the recording becomes a valid chain, whose coverage names the stand-in."""
+    config = tmp_path / "stellaops.yaml"
+    config.write_text(yaml.safe_dump({"signals": {"bus": {"port": free_port()}, "metrics": {"port": free_port()}}}))
+    evidence = tmp_path / "demo" / "evidence"
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    command = [*powerless, sys.executable, "-m", "stella_cli", "signals", "start", "--demo"]
+    command += ["--config", str(config), "--target", str(evidence)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
+        try:
+            time.sleep(8)
+            demo.send_signal(signal.SIGINT)
+            said, _ = demo.communicate(timeout=40)
+        finally:
+            demo.kill()
+    assert 0 == demo.returncode, said
+    assert "DEMO" in said
+    trusted = json.loads((evidence.parent / "state" / "keys" / "trusted.json").read_text())
+    report = verify_chain(evidence, trusted_keys={row["key_id"] for row in trusted["keys"]}, head=None, progress=None)
+    assert report.valid, said
+    ledgers = [json.loads(p.read_text()) for p in sorted(evidence.glob("*.ledger.json"))]
+    documents = [entry["document"] for ledger in ledgers for entry in ledger["coverage"]]
+    assert documents and all(document["stand_in"].startswith("recording ") for document in documents)
+    lines = [json.loads(line) for path in evidence.glob("*.ndjson") for line in path.read_text().splitlines()]
+    assert {"file_open", "process_exec", "tcp_state", "net_connect", "ssl_op"} <= {x["event"]["type"] for x in lines}
+
+
+def test_without_root_the_node_says_what_is_missing(tmp_path: Path) -> None:
+    """`start` without capabilities ends with 3, names the capability, and offers the demonstration."""
+    config = tmp_path / "stellaops.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "signals": {
+                    "output_directory": str(tmp_path / "evidence"),
+                    "bus": {"port": free_port()},
+                    "metrics": {"port": free_port()},
+                }
+            }
+        )
+    )
+    stella = [sys.executable, "-m", "stella_cli", "signals"]
+    subprocess.run([*stella, "init", "--config", config], check=True, capture_output=True)
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    done = subprocess.run(
+        [*powerless, *stella, "start", "--config", config], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert 3 == done.returncode, done.stdout + done.stderr
+    assert "CAP_BPF" in done.stderr
+    assert "make demo" in done.stderr
