@@ -323,8 +323,9 @@ def run(arguments: list[str]) -> int:
         return failure.tell_usage(e, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return failure.EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough.  Python would complain again when it flushes stdout at exit.
+    except (BrokenPipeError, SystemExit):
+        # The reader has seen enough (click turns a refused write into SystemExit).  That is no failure of ours,
+        # and Python must not complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return failure.EXIT_OK
     except Exception as e:

@@ -42,6 +42,16 @@ RUNBOOK_SECTIONS: Final = {
 }
 
 
+def leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that a task group's group of errors is about: ours if there is one, else the first."""
+    errors: list[BaseException] = []
+    groups: list[BaseExceptionGroup[BaseException]] = [group]
+    while groups:
+        for error in groups.pop().exceptions:
+            (groups if isinstance(error, BaseExceptionGroup) else errors).append(error)  # type: ignore[arg-type]
+    return next((e for e in errors if isinstance(e, StellaError | BrokenPipeError)), errors[0])
+
+
 def wants_json(args: list[str]) -> bool:
     """Return whether the command line asks for JSON.  Looks at the bare words: they may be wrong."""
     return "--format=json" in args or any(a == "--format" and b == "json" for a, b in itertools.pairwise(args))

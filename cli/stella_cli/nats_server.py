@@ -151,7 +151,7 @@ def configuration(port: int, store: Path, passwords: dict[str, str]) -> str:
                 "store_dir": str(store),
                 "max_memory_store": 64 << 20,
                 "max_file_store": _STORE_BYTES,
-                "sync_interval": "1s",
+                "sync_interval": "2m",
             },
             "authorization": {"users": users},
             "no_auth_user": "reader",

@@ -18,7 +18,7 @@ import anyio
 import click
 import msgspec
 
-from stella_cli import event_rows, node_file, process, settings
+from stella_cli import event_rows, failure, node_file, process, settings
 from stella_cli.service_log import Line
 from stella_cli.settings import Settings
 from stella_cli.supervisor import Part, Plan, Supervisor, write_effective_config
@@ -171,8 +171,8 @@ class _Foreground:
         self._say("info", f"starting a node (evidence: {self._plan.signals.output_directory})")
         try:
             anyio.run(self._supervisor.run, self._on_ready)
-        except* StellaError as group:
-            raise next(_leaves(group)) from None
+        except BaseExceptionGroup as group:
+            raise failure.leaf(group) from group
         signed = self._signed()
         new = signed - self._signed_before
         killed = f"; killed: {', '.join(self._supervisor.killed)}" if self._supervisor.killed else ""
@@ -331,11 +331,3 @@ def _notify_systemd(state: str) -> None:
     if address:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-
-
-def _leaves(group: BaseExceptionGroup[StellaError]) -> Any:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error

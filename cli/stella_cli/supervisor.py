@@ -253,7 +253,13 @@ class Supervisor:
                 began = time.monotonic()
                 part.beat = None
                 env = {**self.plan.env, **(nats_server.ENVIRONMENT if part.service == "nats" else {})}
-                part.child = Child(part.command, log=part.log.path, env=env, keep=_KEEP.get(part.service))
+                try:
+                    part.child = Child(part.command, log=part.log.path, env=env, keep=_KEEP.get(part.service))
+                except OSError as e:
+                    part.exit_code = NotPermitted.exit_code if isinstance(e, PermissionError) else NotFound.exit_code
+                    part.error = f"cannot start {part.command[0]}: {e.strerror}"
+                    self._give_up(part)
+                    return
                 if part.state != "restarting":
                     part.state = "starting"
                 self._write_node_file()

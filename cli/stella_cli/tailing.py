@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator
 import anyio
 import click
 
-from stella_cli import event_rows, node_file
+from stella_cli import event_rows, failure, gateway
 from stella_cli.settings import Settings
 from stella_shared import clock, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import bus_url, bus_user
-from stella_shared.errors import NotFound, NotPermitted, StellaError, TryAgain, UsageError
+from stella_shared.errors import NotFound, TryAgain, UsageError
 from stella_shared.events import EVENT_TYPES
 
 
@@ -31,8 +31,12 @@ def run(settings: Settings, types: list[str], count: int | None, form: str | Non
                 hint="the types are " + ", ".join(EVENT_TYPES),
             )
     as_table = form == "table" or (form is None and sys.stdout.isatty())
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         anyio.run(_tail, settings, types, count, as_table)
+    except KeyboardInterrupt:
+        return
+    except BaseExceptionGroup as group:
+        raise failure.leaf(group) from group
 
 
 async def connected(
@@ -65,30 +69,36 @@ async def lines(bus: Bus, types: list[str]) -> AsyncIterator[bytes]:
 
 async def _tail(settings: Settings, types: list[str], count: int | None, as_table: bool) -> None:
     url, user, password = where(settings)
-    try:
-        async with contextlib.AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
             bus = await connected(stack, url, name="tail", user=user, password=password, seconds=2.0)
+        except TryAgain:
+            if gateway.running_node(settings) is None and not settings.signals.bus.url:
+                raise NotFound(
+                    f"no node runs on {settings.state}", hint="start one: sudo stella signals start"
+                ) from None
+            raise
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(_end_with_reader)
-            if as_table:
-                click.secho(event_rows.heading(), bold=True)
-            left = count
-            boot_unix_ns = time.time_ns() - clock.boottime_ns()
-            stdout = sys.stdout.buffer
-            async for line in lines(bus, types):
-                if as_table:
-                    click.echo(event_rows.row(line, boot_unix_ns))
-                else:
-                    stdout.write(line + b"\n")
-                    stdout.flush()
-                if left is not None:
-                    left -= 1
-                    if left == 0:
-                        break
+            await _show(bus, types, count, as_table)
             tasks.cancel_scope.cancel()
-    except* BrokenPipeError:
-        raise BrokenPipeError from None
-    except* TryAgain:
-        raise _nobody(settings, url) from None
+
+
+async def _show(bus: Bus, types: list[str], count: int | None, as_table: bool) -> None:
+    if as_table:
+        click.secho(event_rows.heading(), bold=True)
+    boot_unix_ns = time.time_ns() - clock.boottime_ns()
+    stdout = sys.stdout.buffer
+    shown = 0
+    async for line in lines(bus, types):
+        if as_table:
+            click.echo(event_rows.row(line, boot_unix_ns))
+        else:
+            stdout.write(line + b"\n")
+            stdout.flush()
+        shown += 1
+        if shown == count:
+            return
 
 
 async def _end_with_reader() -> None:
@@ -103,18 +113,7 @@ async def _end_with_reader() -> None:
 
 def where(settings: Settings) -> tuple[str, str, str]:
     """Return URL, user and password for reading.  The embedded server lets anybody here read, by no name."""
-    node = None
-    with contextlib.suppress(NotPermitted):
-        node = node_file.running(settings.state)
+    node = gateway.running_node(settings)
     if settings.signals.bus.credentials_file:
         return bus_url(settings.signals), *bus_user(settings.signals, "reader")
     return (node.bus_url if node else bus_url(settings.signals)), "", ""
-
-
-def _nobody(settings: Settings, url: str) -> StellaError:
-    node = None
-    with contextlib.suppress(NotPermitted):
-        node = node_file.running(settings.state)
-    if node is None and not settings.signals.bus.url:
-        return NotFound(f"no node runs on {settings.state}", hint="start one: sudo stella signals start")
-    return TryAgain(f"no NATS server answers at {url}", hint="stella signals health", runbook="health-checks")

@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import nats
+import nats.aio.client
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
@@ -39,6 +40,9 @@ _MSG_ID = "Nats-Msg-Id"
 #: What an outage may leave in the client's own buffer; a publisher is told "try again" beyond it.
 _PENDING_BYTES = 32 << 20
 _CONSUMER_CHECK_SECONDS = 2.0
+# The library reads 32 KiB at a time; our messages have ten times that, and every read costs a trip round the
+# event loop. It is a constant of its module, read at each use.
+nats.aio.client.DEFAULT_BUFFER_SIZE = 1 << 20
 _CONNECT_SECONDS = 3.0
 
 
@@ -240,7 +244,7 @@ class Bus:
             async with asyncio.timeout(2.5):
                 await self._nc.flush(timeout=2)
         except (nats.errors.Error, OSError, TimeoutError) as e:
-            raise TryAgain(f"the NATS server does not answer: {e or type(e).__name__}") from None
+            raise TryAgain(f"the NATS server does not answer: {str(e) or type(e).__name__}") from None
 
     async def ensure_streams(self) -> None:
         """Make the streams that `subjects` declares, or bring existing ones to those limits."""
@@ -272,7 +276,7 @@ class Bus:
                 else:
                     await self._js.update_stream(config)
             except (TimeoutError, nats.errors.Error) as e:
-                raise TryAgain(f"stream {config.name}: {e or type(e).__name__}") from None
+                raise TryAgain(f"stream {config.name}: {str(e) or type(e).__name__}") from None
 
     async def publish(
         self, subject: str, data: bytes, *, msg_id: str, head: str = "", timeout_seconds: float = 5.0
@@ -290,7 +294,7 @@ class Bus:
         except nats.errors.MaxPayloadError:
             raise BrokenPromise(f"a message of {len(data)} bytes is over the server's max_payload") from None
         except (nats.errors.Error, TimeoutError, OSError) as e:
-            raise TryAgain(f"the bus did not take a message on {subject}: {e or type(e).__name__}") from None
+            raise TryAgain(f"the bus did not take a message on {subject}: {str(e) or type(e).__name__}") from None
 
     @contextlib.asynccontextmanager
     async def work(
@@ -315,7 +319,7 @@ class Bus:
             except (TimeoutError, TryAgain, nats.errors.Error) as e:
                 # The streams are made by whoever starts the node, perhaps a moment from now.
                 if asyncio.get_running_loop().time() > deadline:
-                    raise TryAgain(f"stream {stream} is not there: {e or type(e).__name__}") from None
+                    raise TryAgain(f"stream {stream} is not there: {str(e) or type(e).__name__}") from None
                 await asyncio.sleep(0.2)
         watcher = asyncio.create_task(work._watch())
         try:
@@ -331,7 +335,7 @@ class Bus:
         try:
             return await self._js.consumer_info(stream, durable, timeout=2.0)
         except (TimeoutError, nats.errors.Error, OSError) as e:
-            raise TryAgain(f"consumer {durable} of {stream}: {e or type(e).__name__}") from None
+            raise TryAgain(f"consumer {durable} of {stream}: {str(e) or type(e).__name__}") from None
 
     async def lag_bytes(self, stream: str, durable: str) -> int:
         """Return about how many stored bytes `durable` has not seen yet; 0 while it does not exist.
@@ -345,7 +349,7 @@ class Bus:
         except nats.js.errors.NotFoundError:
             return 0
         except (TimeoutError, nats.errors.Error, OSError) as e:
-            raise TryAgain(f"stream {stream}: {e or type(e).__name__}") from None
+            raise TryAgain(f"stream {stream}: {str(e) or type(e).__name__}") from None
         waiting = int(info.num_pending or 0) + int(info.num_ack_pending or 0)
         return int(state.bytes * min(1.0, waiting / state.messages)) if state.messages else 0
 

@@ -232,3 +232,13 @@ def test_the_reference_page_shows_every_command() -> None:
     for name in RUNBOOK_COMMANDS:
         assert f"## `stella signals {name}`" in page
     assert "--ready-fd" not in page
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    """`stella --help | head -1` ends quietly with 0."""
+    code = "import sys, time, stella_cli.commands as c; time.sleep(0.3); sys.exit(c.run(['version']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"" == process.stderr.read()
+        assert 0 == process.wait(10)

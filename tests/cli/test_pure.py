@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stella_cli import asking, event_rows, process, service_log
+from stella_cli import asking, event_rows, failure, process, service_log
 from stella_cli.console import printable
 from stella_cli.service_log import ServiceLog, parse
+from stella_shared.errors import NotFound
 
 
 def row(event: dict[str, object], **record: object) -> str:
@@ -116,3 +117,11 @@ def test_the_exposition_is_read_with_its_labels() -> None:
     """Name, labels and value of each sample; comments and nonsense are passed over."""
     text = '# HELP x y\nx{a="1",b="two words"} 3.5\ny 2\nnonsense\nz{a="{}"} NaN?\n'
     assert [("x", {"a": "1", "b": "two words"}, 3.5), ("y", {}, 2.0)] == list(asking.parse_exposition(text))
+
+
+def test_a_group_of_errors_is_about_ours() -> None:
+    """However deep it stands, and whatever else failed beside it."""
+    ours = NotFound("gone")
+    group = BaseExceptionGroup("", [ValueError("x"), BaseExceptionGroup("", [KeyError("y"), ours])])
+    assert failure.leaf(group) is ours
+    assert isinstance(failure.leaf(BaseExceptionGroup("", [ValueError("x")])), ValueError)

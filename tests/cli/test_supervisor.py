@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -188,3 +189,20 @@ def test_all_but_the_collector_lose_the_capabilities_they_do_not_need(node: Node
 
 def status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_bus_that_cannot_be_started_is_told_in_one_message(node: Node) -> None:
+    """A program that may not be run is an error of ours, and nothing is left behind."""
+    wrong = node.folder / "bin" / "nats-server"
+    wrong.parent.mkdir()
+    wrong.write_text("#!/nowhere/interpreter\n")
+    wrong.chmod(0o755)
+    python = wrong.with_name("python")
+    python.symlink_to(sys.executable)
+    node.env["PYTHONPATH"] += os.pathsep + os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
+    command = [str(python), "-m", "stella_cli", "signals", "start", "--config", str(node.config)]
+    done = subprocess.run(command, env=node.env, capture_output=True, text=True, timeout=60, check=False)
+    assert 10 == done.returncode, done.stderr
+    assert "Error: the embedded nats-server does not start: cannot start" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert node_file.read(node.state) is None

@@ -145,11 +145,12 @@ class Books(RuleBasedStateMachine):
         assert (self.now - 1, self.now) == (ledger.start_ns, ledger.end_ns)
         for row in ledger.lanes:
             assert row.first == self.at[row.lane]
-            assert row.next > row.first
+            assert row.next > row.first or last
             assert row.next <= self.kernel.taken[row.lane]
             self.at[row.lane] = row.next
             self.recorded += row.recorded
         assert self.recorded == sum(row[1] for row in self.kernel.seen)
+        self.lanes_of_last = [row.lane for row in ledger.lanes]
         self.told.update(ledger.lost)
         self.told_filtered.update(ledger.filtered)
         for index, cause in enumerate(NUMBERED_CAUSES):
@@ -172,6 +173,7 @@ class Books(RuleBasedStateMachine):
         counters = self.kernel.counters()
         self.settle(counters, counters, counters, emptied=True, last=True)
         assert self.kernel.taken == self.at
+        assert [i for i in range(LANES) if self.at[i]] == self.lanes_of_last, "the last ledger names every lane"
         truth = {c: sum(lane[i] for lane in self.kernel.lost) for i, c in enumerate(NUMBERED_CAUSES)}
         truth["probe_missed"] = self.kernel.missed
         assert {cause: n for cause, n in truth.items() if n} == dict(self.told)

@@ -24,6 +24,7 @@ PAGES = sorted(
 RUNBOOK = ROOT / "docs" / "runbook.md"
 LATER = "## Commands of later releases"
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+RECORD_PARTS = ("Context", "Decision", "What it costs")
 SOURCES = [p for room in ("cli", "services", "shared") for p in (ROOT / room).glob("**/*.py")]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -81,7 +82,9 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
         assert found and all(p.exists() for p in found), f"{path} does not exist"
         if name:
             last = name.rpartition(".")[2].removesuffix("()")
-            defines = rf"(?:def|class|struct|enum|int|void|bool|define)\s+\**{last}\b|^{last}\b|\*{last}\(|self\.{last} ="
+            defines = (
+                rf"(?:def|class|struct|enum|int|void|bool|define)\s+\**{last}\b|^{last}\b|\*{last}\(|self\.{last} ="
+            )
             assert re.search(defines, text_of(found[0]), re.MULTILINE), f"{path} defines no {last}"
 
 
@@ -205,7 +208,7 @@ def test_a_decision_record_has_its_three_parts(record: Path) -> None:
     """Context, decision, what it costs; and its number stands in its title."""
     found = list(headings(record).values())
     assert re.fullmatch(rf"{record.name[:4]}: .+", found[0])
-    assert ["Context", "Decision", "What it costs"] == [h for h in found if h in ("Context", "Decision", "What it costs")]
+    assert list(RECORD_PARTS) == [heading for heading in found if heading in RECORD_PARTS]
 
 
 def test_the_readme_names_every_document() -> None:

@@ -128,12 +128,12 @@ class Accountant:
             first = lane.settled
             recorded = delivered - lane.delivered
             gone = sum(newly)
+            short = counters.taken - (first + recorded + gone)
+            if short < 0:
+                raise BrokenPromise(f"lane {index}: {-short} more numbers settled than were handed out")
             if last:
-                short = counters.taken - (first + recorded + gone)
-                if short < 0:
-                    raise BrokenPromise(f"lane {index}: {-short} more numbers settled than were handed out")
-                newly[2] += short
                 gone += short
+                newly = self._explain(lane, gone, counters)
             lane.settled = first + recorded + gone
             lane.delivered = delivered
             for cause, name in enumerate(NUMBERED_CAUSES):
