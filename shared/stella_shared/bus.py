@@ -169,7 +169,7 @@ class Bus:
 
     def __init__(self, nc: Client) -> None:
         self._nc = nc
-        self._js = nc.jetstream(timeout=5.0, publish_async_max_pending=4096)
+        self._js = nc.jetstream(timeout=5.0)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -288,9 +288,9 @@ class Bus:
         if head:
             headers[subjects.HEAD_HEADER] = head
         try:
-            async with asyncio.timeout(timeout_seconds):
-                future = await self._js.publish_async(subject, data, headers=headers)
-                await future
+            # Not `publish_async`: there the library loses the server's refusals, and a full stream shows as silence.
+            async with asyncio.timeout(timeout_seconds + 1.0):
+                await self._js.publish(subject, data, timeout=timeout_seconds, headers=headers)
         except nats.errors.MaxPayloadError:
             raise BrokenPromise(f"a message of {len(data)} bytes is over the server's max_payload") from None
         except (nats.errors.Error, TimeoutError, OSError) as e:

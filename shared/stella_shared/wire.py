@@ -110,10 +110,10 @@ class Closing(msgspec.Struct, frozen=True, array_like=True):
 class RawBatch(msgspec.Struct, frozen=True, array_like=True):
     """One drain of the ring, as the collector publishes it.
 
-    `records` holds the kernel's records back to back, each padded to 8 bytes (`events.RecordHeader` gives
-    its length).  `number` counts from 0 within `run` without a hole.  `coverage` is the canonical JSON of
-    `evidence.coverage` when it is new or due again, else empty.  `final` marks the last batch of a clean
-    stop.  `closings` stand in a run's batch 0, one for each earlier run that ended without a final batch.
+    `records` is a batch as `events.unpack_batch` reads it.  `number` counts from 0 within `run` without a hole.
+    `coverage` is the canonical JSON of the coverage document when it is new or due again, else empty.  `final`
+    marks the last batch of a clean stop.  `closings` stand in a run's batch 0, one for each earlier run that
+    ended without a final batch.
     """
 
     version: int

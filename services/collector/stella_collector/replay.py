@@ -1,7 +1,8 @@
 """The stand-in for a kernel: recorded batches of ring bytes, played again at the pace they had.
 
 It needs no privilege, announces itself in the coverage (`stand_in`), the log and the heartbeat, and goes the
-same way as real batches from the spool on.  A recording is one MessagePack `Recording`; tests/system/record_demo.py makes it.
+same way as real batches from the spool on.  A recording is one MessagePack `Recording`, made by
+tests/system/record_demo.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stella_shared import VERSION, clock, lifecycle, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
 from stella_shared.errors import NotFound, UsageError
-from stella_shared.events import RECORD_HEADER
+from stella_shared.events import EVENT, unpack_batch
 from stella_shared.wire import WIRE_VERSION, Beat, LaneRow, Ledger, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
@@ -147,13 +148,12 @@ async def serve(signals: Signals, path: Path) -> None:
 
 
 def renumbered(records: bytes, ledger: Ledger, taken: dict[int, int]) -> bytes:
-    """Return the records with sequence numbers that follow on: `taken` already counts this frame."""
+    """Return the batch with sequence numbers that follow on: `taken` already counts this frame."""
     offsets = {row.lane: taken[row.lane] - row.next for row in ledger.lanes}
+    batch = unpack_batch(records)
     out = bytearray(records)
-    at = 0
-    while at < len(out):
-        fields = list(RECORD_HEADER.unpack_from(out, at))
-        fields[1] += offsets.get(fields[6], 0)
-        RECORD_HEADER.pack_into(out, at, *fields)
-        at += fields[9]
+    at = len(out) - len(batch.events) * EVENT.size
+    for ts, seq, who, what in batch.events:
+        EVENT.pack_into(out, at, ts, seq + offsets.get(batch.whos[who][4], 0), who, what)
+        at += EVENT.size
     return bytes(out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
+import secrets
 import struct
 from ctypes import c_int, c_uint32, c_uint64, c_void_p
 from typing import Final, Protocol
@@ -19,13 +20,12 @@ import msgspec
 from stella_collector.accounting import UPROBE_KIND
 from stella_collector.libbpf import NATIVE, RING_CALLBACK, Libbpf
 from stella_shared.errors import BrokenPromise
-from stella_shared.events import RECORD_HEADER
+from stella_shared.events import RECORD_HEADER, pack_batch
 from stella_shared.wire import LANE_KINDS
 
 log = logging.getLogger(__name__)
 
 _LANE: Final = struct.Struct("<4Q")
-_SIZE_AT: Final = struct.calcsize("<QQQIIIIHH")
 #: Where `lane` and `size` stand among the fields of a header.
 _LANE_INDEX: Final = 6
 _SIZE: Final = 9
@@ -34,7 +34,7 @@ RECORD_MAX_BYTES: Final = 8192
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """What one drain brought.  `records` is a copy that the caller owns; `left` is bytes still waiting."""
+    """What one drain brought.  `records` is a batch (see `stella_shared.events`); `left` is bytes still waiting."""
 
     records: bytes
     count: int
@@ -62,7 +62,21 @@ class Ring(Protocol):
 
 
 class _Result(ctypes.Structure):
-    _fields_ = [(name, c_uint64) for name in ("records", "bytes", "left", "first_ts_ns", "last_ts_ns", "malformed")]
+    # struct drained of ring.c
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "records",
+            "bytes",
+            "left",
+            "first_ts_ns",
+            "last_ts_ns",
+            "whos",
+            "whats",
+            "what_bytes",
+            "malformed",
+        )
+    ]
 
 
 class CRing:
@@ -71,18 +85,20 @@ class CRing:
     def __init__(self, fd: int, size: int, lanes: int) -> None:
         self._lib = ctypes.CDLL(str(NATIVE / "ring.so"))
         self._lib.stella_ring_open.restype = c_void_p
-        self._lib.stella_ring_open.argtypes = (c_int, c_uint64)
+        self._lib.stella_ring_open.argtypes = (c_int, c_uint64, c_uint64)
         self._lib.stella_ring_close.argtypes = (c_void_p,)
         self._lib.stella_ring_waiting.restype = c_uint64
         self._lib.stella_ring_waiting.argtypes = (c_void_p,)
         self._lib.stella_ring_drain.restype = None
-        self._lib.stella_ring_drain.argtypes = (c_void_p, c_void_p, c_uint64, c_void_p, c_uint32, c_void_p)
+        self._lib.stella_ring_drain.argtypes = (c_void_p, c_uint64, c_void_p, c_uint32, c_void_p)
+        self._lib.stella_ring_batch.restype = None
+        self._lib.stella_ring_batch.argtypes = (c_void_p, c_void_p, c_void_p)
         self.size = size
         self._count = lanes
         self._lanes = ctypes.create_string_buffer(lanes * _LANE.size)
         self._result = _Result()
         self._out = ctypes.create_string_buffer(1 << 16)
-        self._ring = self._lib.stella_ring_open(fd, size)
+        self._ring = self._lib.stella_ring_open(fd, size, secrets.randbits(64))
         if not self._ring:
             raise BrokenPromise(f"a ring of {size} bytes cannot be mapped")
 
@@ -90,12 +106,13 @@ class CRing:
         return int(self._lib.stella_ring_waiting(self._ring))
 
     def drain(self, capacity: int) -> Drained:
-        if len(self._out) < capacity:
-            self._out = ctypes.create_string_buffer(capacity)
         result = self._result
-        self._lib.stella_ring_drain(self._ring, self._out, capacity, self._lanes, self._count, ctypes.byref(result))
+        self._lib.stella_ring_drain(self._ring, capacity, self._lanes, self._count, ctypes.byref(result))
         if result.malformed:
             raise BrokenPromise(f"{result.malformed} records in the ring have an impossible size or lane")
+        if len(self._out) < result.bytes:
+            self._out = ctypes.create_string_buffer(2 * result.bytes)
+        self._lib.stella_ring_batch(self._ring, ctypes.byref(result), self._out)
         data = ctypes.string_at(self._out, result.bytes)
         return Drained(data, result.records, result.left, result.first_ts_ns, result.last_ts_ns)
 
@@ -127,12 +144,11 @@ class LibbpfRing:
             raise BrokenPromise(f"libbpf cannot open a ring of {size} bytes")
 
     def _on_record(self, _: int, data: int, size: int) -> int:
-        record = bytearray(ctypes.string_at(data, size))
+        record = ctypes.string_at(data, size)
         fields = RECORD_HEADER.unpack_from(record) if size >= RECORD_HEADER.size else None
-        if fields is None or fields[_SIZE] > size or fields[_LANE_INDEX] >= len(self._lanes):
+        if fields is None or not RECORD_HEADER.size <= fields[_SIZE] <= size or fields[_LANE_INDEX] >= len(self._lanes):
             self._malformed += 1
             return 0
-        record.extend(b"\0" * (-size % 8))
         lane = self._lanes[fields[_LANE_INDEX]]
         lane[1] += 1
         if fields[_LANE_INDEX] % LANE_KINDS != UPROBE_KIND:
@@ -142,9 +158,8 @@ class LibbpfRing:
             else:
                 lane[2] += seq - lane[0]
                 lane[0] = seq + 1
-        struct.pack_into("<I", record, _SIZE_AT, len(record))
-        self._taken.append(bytes(record))
-        self._room -= len(record)
+        self._taken.append(record)
+        self._room -= size
         # A negative answer ends the round; this record counts as consumed.
         return 0 if self._room >= RECORD_MAX_BYTES else -1
 
@@ -159,8 +174,8 @@ class LibbpfRing:
         if self._malformed:
             raise BrokenPromise(f"{self._malformed} records in the ring have an impossible size or lane")
         taken, self._taken = self._taken, []
-        data = b"".join(taken)
-        first = struct.unpack_from("<Q", data)[0] if data else 0
+        data = pack_batch(taken)
+        first = struct.unpack_from("<Q", taken[0])[0] if taken else 0
         last = struct.unpack_from("<Q", taken[-1])[0] if taken else 0
         return Drained(data, len(taken), self.waiting(), first, last)
 

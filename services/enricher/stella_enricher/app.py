@@ -21,11 +21,10 @@ from stella_enricher.cgroups import CgroupIndex
 from stella_enricher.containers import Container, ContainerResolver, unknown
 from stella_enricher.docker_api import DockerApi
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
-from stella_shared import VERSION, clock, lifecycle, subjects
+from stella_shared import VERSION, clock, events, lifecycle, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import BrokenPromise, TryAgain
-from stella_shared.events import RECORD_HEADER
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import WIRE_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
 
@@ -74,7 +73,7 @@ class Enricher:
         batch = decode_raw(data)
         try:
             if batch.records and batch.node == self.node and batch.boot_id == self.boot_id:
-                await self.resolver.settle(self.lines.cgroups(batch.records))
+                await self.resolver.settle(events.cgroups(batch.records))
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
         except BrokenPromise as e:
             self.poisoned += 1
@@ -90,7 +89,7 @@ class Enricher:
         for part in enriched.parts:
             self.events[part.type] = self.events.get(part.type, 0) + part.lines
         self.work_seconds.observe(seconds)
-        if batch.boot_id == self.boot_id and len(batch.records) >= RECORD_HEADER.size:
+        if batch.boot_id == self.boot_id and batch.records:
             now = clock.boottime_ns()
             for age_ns, times in _ages(batch, now):
                 self.kernel_to_line.observe(age_ns / 1e9, times)
@@ -232,7 +231,7 @@ class Enricher:
 
 def _ages(batch: RawBatch, now_ns: int) -> list[tuple[int, int]]:
     """Return (age in ns, events) samples: events came about evenly between the first one and the drain."""
-    oldest = int.from_bytes(batch.records[0:8], "little")
+    oldest = events.oldest_ns(batch.records)
     newest = max(oldest, batch.ledger.end_ns)
     count = sum(row.recorded for row in batch.ledger.lanes)
     weight = max(1, count // AGE_SAMPLES)

@@ -2,31 +2,39 @@
 /*
  * The inner loop of lines.py: puts evidence lines together from parts that are already text.
  *
- * Distinct things are rendered once, in Python, and kept here: an event by the bytes of its record behind the
- * numbers (thread name and body), a cgroup's fields by its id. The loop looks both up, and writes the numbers
- * in between. Where it meets something it does not know it stops and says so; Python adds it and calls again.
+ * Distinct things are rendered once, in Python, and kept here: an event by its *what* (thread name and body of
+ * the record), a cgroup's fields by its id. A batch says each distinct thing once (stella_shared/events.py,
+ * "batches"), so the look-ups are per distinct thing too, and the loop over the events only copies parts and
+ * writes numbers in between. Where something is not known yet it stops and says so; Python adds it and calls
+ * again.
  *
- * The bytes that are looked up come from traced programs, so the table is seeded, probes a bounded number of
- * slots, and forgets rather than grows. Every length is checked before it is used.
+ * The bytes that are looked up come from traced programs, so the table is seeded, and it forgets rather than
+ * grows. Every count and index of a batch is checked before it is used.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define HEADER 64
-#define KEY_AT 48 /* comm, and the body behind it */
 #define TYPES 8
-#define PROBES 16
 #define NUMBERS 256 /* room for the fixed words and the decimal numbers of one line */
+#define MAX_TABLE 65536 /* whos, or whats, of one batch */
 
 enum { DONE = 0, NEED_EVENT = 1, NEED_PLACE = 2, MALFORMED = -1, NO_MEMORY = -2 };
 
-struct header { /* bpf/include/stella_record.h: struct stella_header */
-	uint64_t ts_ns, seq, cgroup_id;
+struct who {
+	uint64_t cgroup_id;
 	uint32_t tgid, tid, uid, lane;
+};
+
+struct what {
 	uint16_t type, call;
-	uint32_t size;
-	char comm[16];
+	uint32_t stride;
+	char comm[16]; /* the body follows */
+};
+
+struct number { /* one event of the batch */
+	uint64_t ts_ns, seq;
+	uint32_t who, what;
 };
 
 struct text {
@@ -38,7 +46,6 @@ struct event {
 	uint64_t hash; /* 0: free */
 	uint8_t *key;
 	uint32_t key_length;
-	uint16_t call;
 	uint8_t type;	   /* 0: the filters drop it */
 	uint8_t anonymous; /* no process is named */
 	struct text comm, event, source;
@@ -65,6 +72,11 @@ struct lines {
 	struct out out[TYPES];
 	uint32_t lanes;
 	uint64_t *counted, *filtered; /* by lane; behind the last lane stands the sum */
+	/* The batch at hand: what its indexes mean, as far as that is known. */
+	const struct event **whats;
+	const struct place **whos;
+	uint32_t *what_at;
+	uint32_t whats_known, whos_known;
 };
 
 static int copy(struct text *t, const char *from, uint32_t length)
@@ -97,7 +109,10 @@ struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint3
 	l->places = calloc((size_t)l->places_mask + 1, sizeof(*l->places));
 	l->counted = calloc((size_t)lanes + 1, sizeof(uint64_t));
 	l->filtered = calloc((size_t)lanes + 1, sizeof(uint64_t));
-	if (!l->events || !l->places || !l->counted || !l->filtered)
+	l->whats = calloc(MAX_TABLE, sizeof(*l->whats));
+	l->whos = calloc(MAX_TABLE, sizeof(*l->whos));
+	l->what_at = calloc(MAX_TABLE, sizeof(*l->what_at));
+	if (!l->events || !l->places || !l->counted || !l->filtered || !l->whats || !l->whos || !l->what_at)
 		return NULL; /* the process is at its end anyway */
 	return l;
 }
@@ -144,14 +159,21 @@ void stella_lines_free(struct lines *l)
 	free(l->places);
 	free(l->counted);
 	free(l->filtered);
+	free(l->whats);
+	free(l->whos);
+	free(l->what_at);
 	free(l);
 }
 
-/* A new batch: outputs and counts start anew, and places are asked for again, for containers change. */
+/* A new batch: outputs and counts start anew, and places are asked for again, for containers change. Events are
+ * forgotten here and nowhere else, so that what a batch has found stays where it is. */
 int stella_lines_begin(struct lines *l, const char *node, uint32_t node_length, const char *run,
 		       uint32_t run_length)
 {
+	if (l->events_used > l->events_mask / 2)
+		stella_lines_forget(l);
 	forget_places(l);
+	l->whats_known = l->whos_known = 0;
 	drop(&l->node);
 	drop(&l->run);
 	for (int i = 0; i < TYPES; i++)
@@ -161,10 +183,10 @@ int stella_lines_begin(struct lines *l, const char *node, uint32_t node_length, 
 	return copy(&l->node, node, node_length) | copy(&l->run, run, run_length);
 }
 
-static uint64_t hash_of(const struct lines *l, uint16_t call, const uint8_t *key, uint32_t length)
+static uint64_t hash_of(const struct lines *l, const uint8_t *key, uint32_t length)
 {
-	uint64_t h = l->seed ^ ((uint64_t)call << 32) ^ length;
-	/* Records are padded to 8 bytes. */
+	uint64_t h = l->seed ^ length;
+	/* Whats are padded to 8 bytes. */
 	for (uint32_t i = 0; i + 8 <= length; i += 8) {
 		uint64_t word;
 		memcpy(&word, key + i, 8);
@@ -174,15 +196,14 @@ static uint64_t hash_of(const struct lines *l, uint16_t call, const uint8_t *key
 	return h | 1;
 }
 
-static struct event *find_event(const struct lines *l, uint64_t hash, uint16_t call, const uint8_t *key,
-				uint32_t length)
+/* The slot of a what: its own, or the free one where it belongs. The table is never more than half full, but
+ * for one batch's worth. */
+static struct event *slot_of(const struct lines *l, uint64_t hash, const uint8_t *key, uint32_t length)
 {
-	for (uint32_t i = 0; i < PROBES; i++) {
+	for (uint32_t i = 0; i <= l->events_mask; i++) {
 		struct event *e = &l->events[(hash + i) & l->events_mask];
-		if (e->hash == hash && e->call == call && e->key_length == length && !memcmp(e->key, key, length))
+		if (!e->hash || (e->hash == hash && e->key_length == length && !memcmp(e->key, key, length)))
 			return e;
-		if (!e->hash)
-			return NULL;
 	}
 	return NULL;
 }
@@ -198,32 +219,21 @@ static struct place *find_place(const struct lines *l, uint64_t cgroup_id)
 	return NULL;
 }
 
-/* Keep a rendered event. `key` is the record from KEY_AT on. A full neighbourhood gives its first slot up. */
-int stella_lines_add_event(struct lines *l, uint16_t call, const uint8_t *key, uint32_t key_length, uint8_t type,
+/* Keep a rendered event. `key` is the whole what. */
+int stella_lines_add_event(struct lines *l, const uint8_t *key, uint32_t key_length, uint8_t type,
 			   uint8_t anonymous, const char *comm, uint32_t comm_length, const char *event,
 			   uint32_t event_length, const char *source, uint32_t source_length)
 {
-	uint64_t hash = hash_of(l, call, key, key_length);
-	struct event *e = NULL;
-	if (type >= TYPES)
+	uint64_t hash = hash_of(l, key, key_length);
+	struct event *e = slot_of(l, hash, key, key_length);
+	if (type >= TYPES || !e || e->hash)
 		return MALFORMED;
-	if (l->events_used > l->events_mask / 4 * 3)
-		stella_lines_forget(l); /* places too: they are asked for again */
-	for (uint32_t i = 0; i < PROBES && !e; i++)
-		if (!l->events[(hash + i) & l->events_mask].hash)
-			e = &l->events[(hash + i) & l->events_mask];
-	if (!e) {
-		e = &l->events[hash & l->events_mask];
-		forget_event(e);
-		l->events_used--;
-	}
 	e->key = malloc(key_length);
 	if (!e->key || copy(&e->comm, comm, comm_length) || copy(&e->event, event, event_length) ||
 	    copy(&e->source, source, source_length))
 		return NO_MEMORY;
 	memcpy(e->key, key, key_length);
 	e->key_length = key_length;
-	e->call = call;
 	e->type = type;
 	e->anonymous = anonymous;
 	e->hash = hash;
@@ -234,8 +244,6 @@ int stella_lines_add_event(struct lines *l, uint16_t call, const uint8_t *key, u
 int stella_lines_add_place(struct lines *l, uint64_t cgroup_id, const char *before, uint32_t before_length,
 			   const char *between, uint32_t between_length, const char *after, uint32_t after_length)
 {
-	if (l->places_used > l->places_mask / 4 * 3)
-		forget_places(l);
 	struct place *p = find_place(l, cgroup_id);
 	if (!p || p->used)
 		return MALFORMED;
@@ -286,35 +294,63 @@ static int reserve(struct out *out, uint64_t more)
 	return 0;
 }
 
-/* Go on at `*position`; return DONE at the end, or why it stopped there. */
-int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint64_t *position)
+/* Build the batch's lines, or return what is missing: the index of a what, or of a who, is in `*missing`. */
+int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint64_t *missing)
 {
-	uint64_t at = *position;
-	const struct place *place = NULL;
+	uint32_t counts[4];
+	if (!length)
+		return DONE;
+	if (length < sizeof(counts))
+		return MALFORMED;
+	memcpy(counts, data, sizeof(counts));
+	const uint64_t whats_begin = sizeof(counts) + (uint64_t)counts[0] * sizeof(struct who);
+	const uint64_t whats_end = whats_begin + counts[3];
+	const uint64_t events = counts[2];
+	if (counts[0] > MAX_TABLE || counts[1] > MAX_TABLE || counts[0] > l->places_mask / 2 ||
+	    length != whats_end + events * sizeof(struct number))
+		return MALFORMED;
+	const struct who *whos = (const struct who *)(data + sizeof(counts));
+	const struct number *numbers = (const struct number *)(data + whats_end);
 
-	while (at < length) {
-		const struct header *h = (const struct header *)(data + at);
-		*position = at;
-		if (length - at < HEADER || h->size < HEADER || h->size % 8 || h->size > length - at ||
-		    h->lane >= l->lanes)
+	for (uint32_t i = l->whats_known; i < counts[1]; i++) {
+		uint64_t at = i ? l->what_at[i] : whats_begin;
+		const struct what *w = (const struct what *)(data + at);
+		*missing = at;
+		if (at > whats_end || whats_end - at < sizeof(*w) || w->stride < sizeof(*w) || w->stride % 8 ||
+		    w->stride > whats_end - at)
 			return MALFORMED;
-		const uint8_t *key = data + at + KEY_AT;
-		uint32_t key_length = h->size - KEY_AT;
-		uint64_t hash = hash_of(l, h->call, key, key_length);
-		const struct event *e = find_event(l, hash, h->call, key, key_length);
+		const struct event *e = slot_of(l, hash_of(l, data + at, w->stride), data + at, w->stride);
 		if (!e)
+			return NO_MEMORY;
+		if (!e->hash)
 			return NEED_EVENT;
+		l->whats[i] = e;
+		if (i + 1 < MAX_TABLE)
+			l->what_at[i + 1] = (uint32_t)(at + w->stride);
+		l->whats_known = i + 1;
+	}
+	for (uint32_t i = l->whos_known; i < counts[0]; i++) {
+		*missing = i;
+		if (whos[i].lane >= l->lanes)
+			return MALFORMED;
+		const struct place *p = find_place(l, whos[i].cgroup_id);
+		if (!p || !p->used)
+			return NEED_PLACE;
+		l->whos[i] = p;
+		l->whos_known = i + 1;
+	}
+	for (uint64_t i = 0; i < events; i++) {
+		const struct number *n = &numbers[i];
+		if (n->who >= counts[0] || n->what >= counts[1])
+			return MALFORMED;
+		const struct who *who = &whos[n->who];
+		const struct event *e = l->whats[n->what];
+		const struct place *place = l->whos[n->who];
+		l->counted[who->lane]++;
+		l->counted[l->lanes]++;
 		if (!e->type) {
-			l->counted[h->lane]++;
-			l->counted[l->lanes]++;
-			l->filtered[h->lane]++;
-			at += h->size;
+			l->filtered[who->lane]++;
 			continue;
-		}
-		if (!place || place->cgroup_id != h->cgroup_id) {
-			place = find_place(l, h->cgroup_id);
-			if (!place || !place->used)
-				return NEED_PLACE;
 		}
 		struct out *out = &l->out[e->type];
 		if (reserve(out, (uint64_t)place->before.length + place->between.length + place->after.length +
@@ -328,26 +364,22 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		o = put(o, &place->between);
 		o = put(o, &e->event);
 		o = put(o, &place->after);
-		o = put_number(PUT(o, "\"lane\":"), h->lane);
+		o = put_number(PUT(o, "\"lane\":"), who->lane);
 		o = put(PUT(o, ","), &l->node);
 		if (!e->anonymous)
-			o = PUT(put_number(PUT(o, "\"pid\":"), h->tgid), ",");
+			o = PUT(put_number(PUT(o, "\"pid\":"), who->tgid), ",");
 		o = put(o, &l->run);
-		o = put_number(PUT(o, "\"seq\":"), h->seq);
+		o = put_number(PUT(o, "\"seq\":"), n->seq);
 		o = put(PUT(o, ","), &e->source);
 		if (!e->anonymous)
-			o = PUT(put_number(PUT(o, "\"tid\":"), h->tid), ",");
-		o = put_number(PUT(o, "\"ts_ns\":"), h->ts_ns);
+			o = PUT(put_number(PUT(o, "\"tid\":"), who->tid), ",");
+		o = put_number(PUT(o, "\"ts_ns\":"), n->ts_ns);
 		if (!e->anonymous)
-			o = put_number(PUT(o, ",\"uid\":"), h->uid);
+			o = put_number(PUT(o, ",\"uid\":"), who->uid);
 		o = PUT(o, "}\n");
 		out->length = o - out->at;
 		out->lines++;
-		l->counted[h->lane]++;
-		l->counted[l->lanes]++;
-		at += h->size;
 	}
-	*position = at;
 	return DONE;
 }
 
@@ -361,29 +393,4 @@ const char *stella_lines_output(const struct lines *l, uint32_t type, uint64_t *
 const uint64_t *stella_lines_counts(const struct lines *l, int filtered)
 {
 	return filtered ? l->filtered : l->counted;
-}
-
-/* Write up to `room` distinct cgroup ids of a batch; return how many. Stops at a record that cannot be one. */
-uint32_t stella_lines_cgroups(const uint8_t *data, uint64_t length, uint64_t *ids, uint32_t room)
-{
-	uint32_t found = 0;
-	uint64_t at = 0, last = 0;
-	while (at + HEADER <= length) {
-		const struct header *h = (const struct header *)(data + at);
-		if (h->size < HEADER || h->size % 8)
-			break;
-		at += h->size;
-		if (found && h->cgroup_id == last)
-			continue;
-		last = h->cgroup_id;
-		uint32_t i = 0;
-		while (i < found && ids[i] != last)
-			i++;
-		if (i < found)
-			continue;
-		if (found == room)
-			break;
-		ids[found++] = last;
-	}
-	return found;
 }

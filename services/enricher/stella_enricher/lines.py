@@ -1,8 +1,8 @@
 """From a raw batch to canonical evidence lines.  Pure.
 
 Most events repeat: the same program opens the same file from the same container.  So the costly parts of a
-line are rendered once for each distinct thing and kept: the event with its thread name by the record's own
-bytes, the container's fields by cgroup id.  What is left for each event is two look-ups and some numbers.
+line are rendered once for each distinct thing and kept: the event with its thread name by its own bytes (a
+batch's *what*), the container's fields by cgroup id.  What is left for each event is copying and some numbers.
 
 `CLines` does that part in C (`lines.c`, some 0.2 µs an event); `PythonLines` is the same in Python, six times
 dearer, for an install without a compiler.  Both pass the same tests, which hold them to the slow and obvious
@@ -16,7 +16,7 @@ import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Final
 
@@ -25,13 +25,16 @@ import msgspec
 from stella_enricher.containers import Container
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
+    BATCH_COUNTS,
     CALL_SOURCES,
-    RECORD_HEADER,
     TYPE_NAMES,
+    WHAT,
+    WHO,
     FileOpen,
     TcpState,
     decode_event,
     text,
+    unpack_batch,
 )
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import LANE_KINDS, LaneRow, Ledger, RawBatch
@@ -41,11 +44,8 @@ log = logging.getLogger(__name__)
 NATIVE: Final = Path(__file__).parent / "native" / "lines.so"
 #: Distinct events that are kept; beyond it the table starts anew.
 FRAGMENTS_MAX: Final = 65_536
-PLACES_LOG2: Final = 12
-CPUS_MAX: Final = 8192
-CGROUPS_MAX: Final = 256
-_COMM_AT: Final = 48
-_HEADER: Final = RECORD_HEADER.size
+PLACES_LOG2: Final = 14
+LANES_MAX: Final = 8192 * LANE_KINDS
 _json = msgspec.json.Encoder(order="sorted").encode
 #: What `stella_lines_run` answers, and the C side's own limits.
 _DONE, _NEED_EVENT, _NEED_PLACE, _MALFORMED, _NO_MEMORY = 0, 1, 2, -1, -2
@@ -111,28 +111,21 @@ class Lines(ABC):
     def _forget(self) -> None:
         """Drop every kept part."""
 
-    @abstractmethod
-    def cgroups(self, records: bytes) -> set[int]:
-        """Return the distinct cgroup ids of a batch, or of its start when they are very many."""
-
-    def _fragment(self, batch: RawBatch, at: int) -> tuple[_Fragment, int, bytes]:
-        """Render the record at `at`; return that, its call, and the bytes it is known by."""
-        fields = RECORD_HEADER.unpack_from(batch.records, at)
-        kind, call, size = fields[7], fields[8], fields[9]
-        record = batch.records[at : at + size]
+    def _fragment(self, batch: RawBatch, what: bytes) -> _Fragment:
+        """Render a what of the batch."""
+        kind, call, _, comm = WHAT.unpack_from(what)
         if call >= len(CALL_SOURCES):
             raise BrokenPromise(f"a record of unknown call {call}")
-        event = decode_event(kind, call, record[_HEADER:], batch.libraries)
+        event = decode_event(kind, call, what[WHAT.size :], batch.libraries)
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
-        comm = text(record[_COMM_AT:_HEADER].split(b"\0", 1)[0])
-        fragment = _Fragment(
+        name = text(comm.split(b"\0", 1)[0])
+        return _Fragment(
             type=kind if wanted else 0,
-            comm=f'"comm":{_text(comm)},',
+            comm=f'"comm":{_text(name)},',
             event=f'"event":{_json(event).decode()},' if wanted else "",
             source=f'"src":{_text(CALL_SOURCES[call])},',
             anonymous=isinstance(event, TcpState) and event.attribution == "none",
         )
-        return fragment, call, record[_COMM_AT:]
 
 
 def _place(boot_id: str, cgroup: int, container: Container) -> _Place:
@@ -175,22 +168,18 @@ class PythonLines(Lines):
 
     def __init__(self, paths: PathFilter) -> None:
         super().__init__(paths)
-        self._fragments: list[dict[bytes, _Fragment]] = [{} for _ in CALL_SOURCES]
+        self._fragments: dict[bytes, _Fragment] = {}
 
     def _forget(self) -> None:
-        for table in self._fragments:
-            table.clear()
+        self._fragments.clear()
 
-    def cgroups(self, records: bytes) -> set[int]:
-        found: set[int] = set()
-        at, end = 0, len(records)
-        while at + _HEADER <= end:
-            fields = RECORD_HEADER.unpack_from(records, at)
-            if fields[9] < _HEADER:
-                break
-            found.add(fields[2])
-            at += fields[9]
-        return found
+    def _known(self, batch: RawBatch, what: bytes) -> _Fragment:
+        fragment = self._fragments.get(what)
+        if fragment is None:
+            if len(self._fragments) >= FRAGMENTS_MAX:
+                self._fragments.clear()
+            fragment = self._fragments[what] = self._fragment(batch, what)
+        return fragment
 
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
@@ -198,32 +187,24 @@ class PythonLines(Lines):
         out: dict[int, list[str]] = {}
         counted: dict[int, int] = {}
         filtered: dict[int, int] = {}
+        taken_apart = unpack_batch(batch.records)
+        whats = [self._known(batch, what) for what in taken_apart.whats]
         places: dict[int, _Place] = {}
-        data = batch.records
-        at, end = 0, len(data)
+        for cgroup, *_, lane in taken_apart.whos:
+            if lane >= LANES_MAX:
+                raise BrokenPromise(f"a batch of lane {lane}")
+            if cgroup not in places:
+                places[cgroup] = _place(batch.boot_id, cgroup, container_of(cgroup))
         node = f'"node":{_text(batch.node)},'
         run = f'"run":{_text(batch.run)},'
-        while at < end:
-            if end - at < _HEADER:
-                raise BrokenPromise(f"{end - at} bytes are left over")
-            ts, seq, cgroup, tgid, tid, uid, lane, _, call, size, _ = RECORD_HEADER.unpack_from(data, at)
-            if size < _HEADER or size % 8 or size > end - at or lane >= CPUS_MAX * LANE_KINDS:
-                raise BrokenPromise(f"a record at {at} of {end} claims {size} bytes in lane {lane}")
-            fragment = self._fragments[call].get(data[at + _COMM_AT : at + size]) if call < len(CALL_SOURCES) else None
-            if fragment is None:
-                fragment, call, key = self._fragment(batch, at)
-                table = self._fragments[call]
-                if len(table) >= FRAGMENTS_MAX:
-                    table.clear()
-                table[key] = fragment
-            at += size
+        for ts, seq, who, what in taken_apart.events:
+            fragment = whats[what]
+            cgroup, tgid, tid, uid, lane = taken_apart.whos[who]
             counted[lane] = counted.get(lane, 0) + 1
             if not fragment.type:
                 filtered[lane] = filtered.get(lane, 0) + 1
                 continue
-            place = places.get(cgroup)
-            if place is None:
-                place = places[cgroup] = _place(batch.boot_id, cgroup, container_of(cgroup))
+            place = places[cgroup]
             comm, pid, thread, user = fragment.comm, f'"pid":{tgid},', f'"tid":{tid},', f',"uid":{uid}'
             if fragment.anonymous:
                 comm = pid = thread = user = ""
@@ -250,7 +231,7 @@ class CLines(Lines):
         lib.stella_lines_run.argtypes = (c_void_p, c_char_p, c_uint64, POINTER(c_uint64))
         lib.stella_lines_add_event.restype = c_int
         lib.stella_lines_add_event.argtypes = (
-            c_void_p, c_uint16, c_char_p, c_uint32, c_uint8, c_uint8,
+            c_void_p, c_char_p, c_uint32, c_uint8, c_uint8,
             c_char_p, c_uint32, c_char_p, c_uint32, c_char_p, c_uint32,
         )  # fmt: skip
         lib.stella_lines_add_place.restype = c_int
@@ -261,11 +242,8 @@ class CLines(Lines):
         lib.stella_lines_output.argtypes = (c_void_p, c_uint32, POINTER(c_uint64), POINTER(c_uint64))
         lib.stella_lines_counts.restype = POINTER(c_uint64)
         lib.stella_lines_counts.argtypes = (c_void_p, c_int)
-        lib.stella_lines_cgroups.restype = c_uint32
-        lib.stella_lines_cgroups.argtypes = (c_char_p, c_uint64, c_void_p, c_uint32)
         self._lib = lib
-        self._ids = (c_uint64 * CGROUPS_MAX)()
-        self._lanes = CPUS_MAX * LANE_KINDS
+        self._lanes = LANES_MAX
         # Twice the slots, so that probing stays short.
         self._table = lib.stella_lines_new(FRAGMENTS_MAX.bit_length(), PLACES_LOG2, self._lanes, secrets.randbits(64))
         if not self._table:
@@ -279,10 +257,6 @@ class CLines(Lines):
     def _forget(self) -> None:
         self._lib.stella_lines_forget(self._table)
 
-    def cgroups(self, records: bytes) -> set[int]:
-        found = self._lib.stella_lines_cgroups(records, len(records), self._ids, CGROUPS_MAX)
-        return set(self._ids[:found])
-
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
     ) -> tuple[list[Part], dict[int, int], dict[int, int]]:
@@ -291,18 +265,19 @@ class CLines(Lines):
         run = f'"run":{_text(batch.run)},'.encode()
         if lib.stella_lines_begin(table, node, len(node), run, len(run)):
             raise MemoryError("no memory for a batch")
-        position = c_uint64(0)
-        while (answer := lib.stella_lines_run(table, data, len(data), byref(position))) != _DONE:
-            at = position.value
+        missing = c_uint64(0)
+        while (answer := lib.stella_lines_run(table, data, len(data), byref(missing))) != _DONE:
+            at = missing.value
             if answer == _NEED_EVENT:
-                fragment, call, key = self._fragment(batch, at)
+                key = data[at : at + WHAT.unpack_from(data, at)[2]]
+                fragment = self._fragment(batch, key)
                 comm, event, source = fragment.comm.encode(), fragment.event.encode(), fragment.source.encode()
                 answer = lib.stella_lines_add_event(
-                    table, call, key, len(key), fragment.type, fragment.anonymous,
+                    table, key, len(key), fragment.type, fragment.anonymous,
                     comm, len(comm), event, len(event), source, len(source),
                 )  # fmt: skip
             elif answer == _NEED_PLACE:
-                cgroup = RECORD_HEADER.unpack_from(data, at)[2]
+                cgroup = WHO.unpack_from(data, BATCH_COUNTS.size + at * WHO.size)[0]
                 place = _place(batch.boot_id, cgroup, container_of(cgroup))
                 before, between, after = place.before.encode(), place.between.encode(), place.after.encode()
                 answer = lib.stella_lines_add_place(
@@ -311,7 +286,7 @@ class CLines(Lines):
             if answer == _NO_MEMORY:
                 raise MemoryError("no memory for a batch")
             if answer == _MALFORMED:
-                raise BrokenPromise(f"a record at {at} of {len(data)} cannot be one")
+                raise BrokenPromise(f"{len(data)} bytes cannot be a batch (looked at {at})")
         parts = []
         length, lines = c_uint64(), c_uint64()
         for kind, name in TYPE_NAMES.items():
