@@ -20,8 +20,7 @@ up: install
 	$(STELLA) signals start --config $(CONFIG)
 
 demo: install
-	$(STELLA) signals init --config demo/stellaops.yaml
-	$(STELLA) signals start --demo --config demo/stellaops.yaml
+	$(STELLA) signals start --demo --target demo/evidence
 
 # Only what is missing is asked of apt, so that an installed machine is not touched and no root is needed.
 define need

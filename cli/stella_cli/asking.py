@@ -58,8 +58,7 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
         {
             "evidence": node.output_directory if node else settings.signals.output_directory,
             "gateway": gateway.url(settings),
-            "events": f"{_number(_at(body, 'rates', 'events_per_second'))} per second, "
-            f"{_number(_at(body, 'totals', 'lines'))} lines recorded",
+            "events": _events(body),
             "lost": _sums(_at(body, "totals", "lost_by_cause")) or "nothing",
             "chunks signed": _number(_at(body, "totals", "chunks_signed")),
         }
@@ -80,6 +79,12 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
     )
     if verbose:
         _verbose(settings, body)
+
+
+def _events(body: Mapping[str, Any]) -> str:
+    rate = _at(body, "rates", "events_per_second")
+    lines = f"{_number(_at(body, 'totals', 'lines'))} lines recorded"
+    return lines if rate is None else f"{_number(rate)} per second, {lines}"
 
 
 def _verbose(settings: Settings, body: Mapping[str, Any]) -> None:

@@ -112,7 +112,7 @@ def signals() -> None:
     """Run a node, watch it, and check its evidence."""
 
 
-@signals.command()
+@signals.command(short_help="Make key, directories and configuration file.")
 @_everywhere
 @click.option(
     "--output-directory",
@@ -134,7 +134,7 @@ def init(output_directory: str | None) -> None:
     initialising.run(_remembered("config"), output_directory or _remembered("target"))
 
 
-@signals.command()
+@signals.command(short_help="Run a node until it is stopped.")
 @_everywhere
 @click.option("--detach", is_flag=True, help="Return when the node is ready, and leave it running.")
 @click.option("--demo", is_flag=True, help="Replay recorded kernel events: no privilege needed.")
@@ -160,7 +160,7 @@ def start(detach: bool, demo: bool, ready_fd: int) -> None:
     starting.run(_remembered("config"), _remembered("target"), detach=detach, demo=demo, ready_fd=ready_fd)
 
 
-@signals.command()
+@signals.command(short_help="End the running node in order.")
 @_everywhere
 def stop() -> None:
     """End the running node in order: intake, what is in flight, the last chunk, its signature.
@@ -175,7 +175,7 @@ def stop() -> None:
     stopping.run(_settings())
 
 
-@signals.command()
+@signals.command(short_help="Show what the running node does.")
 @_everywhere
 @click.option("--verbose", "-v", is_flag=True, help="Everything the node knows about itself.")
 @_format("text", "json")
@@ -194,7 +194,7 @@ def status(verbose: bool, form: str | None) -> None:
     asking.status(_settings(), verbose=verbose, as_json=form == "json")
 
 
-@signals.command()
+@signals.command(short_help="Say whether the node is healthy, and why not.")
 @_everywhere
 @_format("text", "json")
 def health(form: str | None) -> None:
@@ -210,7 +210,7 @@ def health(form: str | None) -> None:
     asking.health(_settings(), as_json=form == "json")
 
 
-@signals.command()
+@signals.command(short_help="Show counters and gauges, one a line.")
 @_everywhere
 @click.option("--memory", is_flag=True, help="Memory of each process, and sizes of caches.")
 @_format("text", "json")
@@ -229,7 +229,7 @@ def stats(memory: bool, form: str | None) -> None:
     asking.stats(_settings(), memory=memory, as_json=form == "json")
 
 
-@signals.command()
+@signals.command(short_help="Show events as they come.")
 @_everywhere
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only this event type. May be repeated.")
 @click.option("--count", type=click.IntRange(min=1), help="Stop after this many events.")
@@ -251,7 +251,7 @@ def tail(types: tuple[str, ...], count: int | None, form: str | None) -> None:
     tailing.run(_settings(), list(types), count, form)
 
 
-@signals.command("test-probes")
+@signals.command("test-probes", short_help="Say which probes attach on this kernel.")
 @_everywhere
 @_format("text", "json")
 def test_probes(form: str | None) -> None:
@@ -267,7 +267,7 @@ def test_probes(form: str | None) -> None:
     probing.run(_settings(), as_json=form == "json")
 
 
-@signals.command("verify-chain")
+@signals.command("verify-chain", short_help="Check evidence: a directory or an archive.")
 @_everywhere
 @click.argument("path", type=click.Path())
 @click.option("--verbose", "-v", is_flag=True, help="Show every chunk and every fault.")

@@ -19,16 +19,17 @@ def render() -> str:
         "Made from the help texts by `stella_cli.help_pages`; do not edit by hand.",
         "Options named on a group are taken before or after the command's name.",
     ]
-    for path, command in _walk("stella", stella):
-        context = click.Context(command, info_name=path, max_content_width=_WIDTH, terminal_width=_WIDTH)
-        text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-        parts += ["", f"## `{path}`", "", "```text", text, "```"]
+    for context in _walk(stella, "stella", None):
+        text = "\n".join(line.rstrip() for line in context.get_help().splitlines())
+        parts += ["", f"## `{context.command_path}`", "", "```text", text, "```"]
     return "\n".join(parts) + "\n"
 
 
-def _walk(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    yield path, command
+def _walk(command: click.Command, name: str, parent: click.Context | None) -> Iterator[click.Context]:
+    settings = {**command.context_settings, "terminal_width": _WIDTH}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
+    yield context
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        for child_name, child in command.commands.items():
             if not child.hidden:
-                yield from _walk(f"{path} {name}", child)
+                yield from _walk(child, child_name, context)

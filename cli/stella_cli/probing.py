@@ -23,6 +23,8 @@ from stella_shared.errors import (
 )
 
 LIMIT_SECONDS: Final = 60.0
+#: The collector's reason for a probe that is not to attach: that is no failure.
+_OFF: Final = "switched off"
 _COLUMNS: Final = ("probe", "attached", "attach_point", "kernel", "permission", "reason", "fix")
 _BY_EXIT_CODE: Final[dict[int, type[StellaError]]] = {
     e.exit_code: e for e in (UsageError, NotPermitted, NotFound, TryAgain)
@@ -30,7 +32,7 @@ _BY_EXIT_CODE: Final[dict[int, type[StellaError]]] = {
 
 
 def run(settings: Settings, *, as_json: bool) -> None:
-    """Print the report.  Raises `BadAnswer` when a probe does not attach."""
+    """Print the report.  Raises `BadAnswer` when a probe that is switched on does not attach."""
     command = [sys.executable, "-m", "stella_collector", "--test-probes", "--format", "json"]
     if settings.path is not None:
         command += ["--config", str(settings.path)]
@@ -39,7 +41,7 @@ def run(settings: Settings, *, as_json: bool) -> None:
     except subprocess.TimeoutExpired:
         raise TryAgain(f"the collector did not report within {LIMIT_SECONDS:.0f} s") from None
     rows = _rows(done)
-    bad = [row for row in rows if not row.get("attached")]
+    bad = [row for row in rows if not row.get("attached") and not str(row.get("reason")).startswith(_OFF)]
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
     else:

@@ -13,6 +13,7 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
+from stella_cli import help_pages
 from stella_shared import config, config_layers, events, metrics, subjects
 from stella_shared.config import Signals
 from stella_shared.wire import FILTER_CAUSES, LOSS_CAUSES, Beat, PartHead, RawBatch
@@ -32,7 +33,6 @@ _CAUSES: Final = {
     "kernel_path": "the path lists, decided in the kernel",
     "kernel_network": "the network lists, decided in the kernel",
     "user_path": "the path lists, finished in user space",
-    "user_network": "the network lists, finished in user space",
 }
 
 
@@ -45,6 +45,7 @@ def pages() -> dict[str, str]:
         "subjects.md": _subjects(),
         "events.md": _events(),
         "evidence-line.schema.json": _json(events.json_schema()),
+        "cli.md": help_pages.render(),
     }
 
 

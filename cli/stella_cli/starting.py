@@ -18,12 +18,13 @@ import anyio
 import click
 import msgspec
 
-from stella_cli import event_rows, failure, node_file, process, settings
+from stella_cli import event_rows, failure, nats_server, node_file, process, settings
 from stella_cli.service_log import Line
 from stella_cli.settings import Settings
 from stella_cli.supervisor import Part, Plan, Supervisor, write_effective_config
 from stella_cli.tailing import lines
 from stella_shared import clock, config
+from stella_shared.config import Signals
 from stella_shared.errors import (
     BrokenPromise,
     ConfigError,
@@ -74,15 +75,23 @@ def _run(given: str | None, target: str | None, *, detach: bool, demo: bool, rea
             click.echo(f"ended what an earlier node left running: {', '.join(orphans)}", err=True)
         _require_gateway_port(chosen.signals)
         store.initialise(chosen.signals)
-        write_effective_config(chosen.state, chosen.signals)
+        signals = _with_port(chosen.signals)
+        write_effective_config(chosen.state, signals)
         plan = Plan(
-            signals=chosen.signals,
+            signals=signals,
             state=chosen.state,
             env=_environment(),
             config_name=chosen.name,
             replay=_demo_ring() if demo else None,
         )
         _Foreground(plan, _again(given, target, demo=demo), ready_fd).run()
+
+
+def _with_port(signals: Signals) -> Signals:
+    """Return the configuration with the port that the node's own server will have, where any will do."""
+    if signals.bus.url or signals.bus.port:
+        return signals
+    return msgspec.structs.replace(signals, bus=msgspec.structs.replace(signals.bus, port=nats_server.choose_port(0)))
 
 
 def _demo_settings(given: str | None, target: str | None) -> Settings:
@@ -206,6 +215,8 @@ class _Foreground:
         ]
         collector = self._supervisor.part("collector")
         beat = collector.beat if collector else None
+        if plan.replay is not None:
+            return [*found, f"  probes    none: {_DEMO_MARK}"]
         for name, attached, reason in probe_rows(beat.detail if beat else {}):
             found.append(f"  probe     {name:<20} {'attached' if attached else f'not attached: {reason}'}")
         return found
@@ -217,7 +228,10 @@ class _Foreground:
         return [*steps, self._verify_command()]
 
     def _verify_command(self) -> str:
-        return f"stella signals verify-chain {shlex.quote(self._plan.signals.output_directory)}{self._again}"
+        evidence = Path(self._plan.signals.output_directory)
+        # The state beside the evidence is found by itself; another one only with the node's own options.
+        options = "" if self._plan.state == evidence.parent / "state" else self._again
+        return f"stella signals verify-chain {shlex.quote(str(evidence))}{options}"
 
     async def _first_events(self) -> None:
         """Show the first events that pass; on a quiet node, stop waiting after a while."""

@@ -48,8 +48,8 @@ BACKOFF_LAST_SECONDS: Final = 5.0
 #: A part that ran this long is taken as healthy again: the next death starts with the short wait.
 HEALTHY_SECONDS: Final = 30.0
 _PERMANENT: Final = (2, 3, 4)
-#: What a part may keep of root's powers.  The collector chooses for itself; files of other owners (a home
-#: directory, a virtual environment in it) must stay readable for all.
+#: What a part may keep of root's powers; the collector keeps what it was started with.  Files of other owners
+#: (a home directory, a virtual environment in it) must stay readable for all.
 _KEEP: Final[dict[str, tuple[int, ...]]] = {
     "nats": (process.CAP_DAC_OVERRIDE,),
     "signer": (process.CAP_DAC_OVERRIDE,),
@@ -91,6 +91,8 @@ class Part:
     state: PartState = "waiting"
     child: Child | None = None
     beat: Beat | None = None
+    heard: float = 0.0
+    ready_since: float = 0.0
     restarts: int = 0
     error: str = ""
     hint: str = ""
@@ -233,6 +235,10 @@ class Supervisor:
                 if part.state == "failed" and part.service != "gateway":
                     raise _failure_of(part)
             waiting = [p for p in self.parts if p.state not in ("ready", "failed")]
+            gateway = self.part("gateway")
+            if not waiting and gateway is not None and gateway.state == "ready":
+                # Whoever asks it from now on should get an answer about all: each has beaten since it listens.
+                waiting = [p for p in self.parts if p.state == "ready" and 0.0 < p.heard < gateway.ready_since]
             if not waiting:
                 return
             if time.monotonic() > deadline:
@@ -304,10 +310,12 @@ class Supervisor:
                 if part.child is None or (part.service, part.child.pid) != (beat.service, beat.pid):
                     continue
                 part.beat = beat
+                part.heard = time.monotonic()
                 if beat.state in ("ok", "degraded") and part.state in ("starting", "restarting"):
                     if part.state == "restarting":
                         self._say("info", f"{part.name} is back (pid {beat.pid})")
                     part.state = "ready"
+                    part.ready_since = part.heard
 
     async def _follow_logs(self) -> None:
         while True:

@@ -103,6 +103,7 @@ class Work:
         self._ready: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._sub: Any = None
+        self._closed = False
 
     async def _on_message(self, msg: Msg) -> None:
         self._ready.append(Message(msg))
@@ -127,7 +128,7 @@ class Work:
 
     async def _watch(self) -> None:
         # A consumer that was deleted, or lost with its server's store, is silent: look, and make it again.
-        while True:
+        while not self._closed:
             await asyncio.sleep(_CONSUMER_CHECK_SECONDS)
             try:
                 await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
@@ -325,9 +326,12 @@ class Bus:
         try:
             yield work
         finally:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+            # A cancel that meets the answer to a request is swallowed by asyncio.wait_for (until Python 3.12).
+            work._closed = True
+            # The library's own time-outs may swallow a cancellation that meets them: insist.
+            while not watcher.done():
+                watcher.cancel()
+                await asyncio.wait({watcher}, timeout=0.2)
             with contextlib.suppress(nats.errors.Error, OSError):
                 await work._sub.unsubscribe()
 

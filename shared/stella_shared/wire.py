@@ -22,6 +22,8 @@ from stella_shared.errors import BrokenPromise
 WIRE_VERSION: Final = 1
 LANE_KINDS: Final = 4
 LANE_KIND_NAMES: Final = ("syscall", "exec", "sock", "uprobe")
+#: The kind whose programs can be preempted, so that its numbers may come out of order.
+UPROBE_KIND: Final = 3
 
 
 class LaneRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -68,7 +70,6 @@ FILTER_CAUSES: Final = (
     "kernel_path",
     "kernel_network",
     "user_path",
-    "user_network",
 )
 
 

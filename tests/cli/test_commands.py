@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from node_kit import ROOT
 
 from stella_cli import commands, failure, help_pages, settings
 from stella_shared import errors
@@ -228,7 +229,7 @@ def test_verify_chain_shows_the_answer_and_returns_it(tmp_path: Path, capsys: py
 def test_the_reference_page_shows_every_command() -> None:
     """docs/reference/cli.md is made of the help texts and the same each time."""
     page = help_pages.render()
-    assert page == help_pages.render()
+    assert page == (ROOT / "docs" / "reference" / "cli.md").read_text(), "write it again: make reference"
     for name in RUNBOOK_COMMANDS:
         assert f"## `stella signals {name}`" in page
     assert "--ready-fd" not in page
@@ -242,3 +243,23 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
         process.stdout.close()
         assert b"" == process.stderr.read()
         assert 0 == process.wait(10)
+
+
+def test_test_probes_shows_the_collectors_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is switched off is no failure; one that cannot attach is exit code 1 with its fix."""
+    path = own_config(tmp_path)
+    on = {"probe": "a", "attach_point": "x", "kernel": True, "permission": True, "attached": True, "reason": ""}
+    off = {**on, "probe": "b", "attached": False, "reason": "switched off in the configuration", "fix": ""}
+    bad = {**on, "probe": "c", "attached": False, "reason": "no libssl", "fix": "install it"}
+
+    def report(*rows: dict[str, object]) -> int:
+        done = subprocess.CompletedProcess([], 0, json.dumps(rows).encode(), b"")
+        monkeypatch.setattr("subprocess.run", lambda *_, **__: done)
+        return commands.run(["signals", "test-probes", "--config", str(path)])
+
+    assert 0 == report(on, off)
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["a", "yes", "x"]
+    assert 1 == report(on, bad)
+    assert "Error: 1 of 2 probes do not attach: c\nHint: install it" in capsys.readouterr().err

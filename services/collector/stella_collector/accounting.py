@@ -20,10 +20,9 @@ from typing import Final
 import msgspec
 
 from stella_shared.errors import BrokenPromise
-from stella_shared.wire import LANE_KINDS, LaneRow, Ledger
+from stella_shared.wire import LANE_KINDS, UPROBE_KIND, LaneRow, Ledger
 
 LANE_STRIDE: Final = 128
-UPROBE_KIND: Final = 3
 #: Kernel counters of numbers that were lost, in the order of `struct stella_lane` behind `taken`.
 NUMBERED_CAUSES: Final = ("ring_full", "rate_limit", "inflight")
 KERNEL_FILTERS: Final = ("kernel_target", "kernel_path", "kernel_network")

@@ -375,7 +375,7 @@ class Kernel:
         """Attach to TLS libraries not seen before; return whether anything changed.
 
         With targets, only their processes pay for it: a uprobe of the whole node would tax every process.
-        TLS calls that a process makes before it was seen (some 100 ms after it mapped the library) are
+        TLS calls that a process makes before it was seen (looked for every 250 ms) are
         outside the coverage, which says `scope: process`.
         """
         wanted = [p for p, on in self._probes if on and p.library == "libssl" and self._state(p.name).kernel]

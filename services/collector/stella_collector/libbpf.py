@@ -168,9 +168,12 @@ class Program:
         """Leave this program out of the load, or not.  Before `Object.load` only."""
         self._lib.bpf_program__set_autoload(self._handle, wanted)
 
-    def _link(self, handle: int | None, what: str) -> Link:
+    def _link(self, handle: int | None, what: str, hint: str = "") -> Link:
         if not handle:
-            raise kernel_error(f"Failed to attach {what}", ctypes.get_errno())
+            error = kernel_error(f"Failed to attach {what}", ctypes.get_errno())
+            if hint and isinstance(error, NotPermitted):
+                error.hint = hint
+            raise error
         return Link(self._lib, handle)
 
     def attach(self, what: str) -> Link:
@@ -188,7 +191,12 @@ class Program:
             sz=ctypes.sizeof(_UprobeOpts), bpf_cookie=cookie, retprobe=returning, func_name=function.encode()
         )
         handle = self._lib.bpf_program__attach_uprobe_opts(self._handle, pid, os.fsencode(path), 0, ctypes.byref(opts))
-        return self._link(handle, f"{'uretprobe' if returning else 'uprobe'}:{path}:{function}")
+        return self._link(
+            handle,
+            f"{'uretprobe' if returning else 'uprobe'}:{path}:{function}",
+            "uprobes need CAP_SYS_ADMIN on current kernels, beside CAP_BPF and CAP_PERFMON; run as root, or switch "
+            "this probe off",
+        )
 
     def recursion_misses(self) -> int:
         """Return how often the kernel skipped this program because it was already running on that CPU."""

@@ -17,11 +17,10 @@ from typing import Final, Protocol
 
 import msgspec
 
-from stella_collector.accounting import UPROBE_KIND
 from stella_collector.libbpf import NATIVE, RING_CALLBACK, Libbpf
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import RECORD_HEADER, pack_batch
-from stella_shared.wire import LANE_KINDS
+from stella_shared.wire import LANE_KINDS, UPROBE_KIND
 
 log = logging.getLogger(__name__)
 

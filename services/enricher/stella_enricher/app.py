@@ -225,6 +225,7 @@ class Enricher:
                 "poisoned": self.poisoned,
                 "in_flight": self.in_flight,
                 "containers": containers,
+                "caches": {"containers": containers.get("entries", 0)},
             },
         )
 

@@ -13,6 +13,7 @@ import msgspec
 
 from stella_shared.evidence import canonical, merkle
 from stella_shared.evidence.records import Ledger
+from stella_shared.wire import LANE_KINDS, UPROBE_KIND
 
 MAX_LINE_BYTES: Final = 8 << 20
 _BLOCK_BYTES: Final = 1 << 20
@@ -116,7 +117,9 @@ class LineChecker:
             node, boot = event.get("node"), event.get("boot_id")
             self._fault("spliced", f"line {self._line} is of node {node!r}, boot {boot!r}")
         first, after = self._ranges.get((name, lane), (0, 0))
-        if not first <= number < after:
+        # The uprobe lane settles by count: a preempted program's smaller number may come a chunk later.
+        ordered = lane % LANE_KINDS != UPROBE_KIND or first == after
+        if ordered and not first <= number < after:
             self._fault("identity_broken", f"line {self._line}: lane {lane} seq {number} is outside [{first}, {after})")
             return
         self._numbers[name, lane].append(number)
