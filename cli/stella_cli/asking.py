@@ -112,7 +112,8 @@ def _verbose(settings: Settings, body: Mapping[str, Any]) -> None:
     for service in body.get("services", []):
         who = f"{service.get('service')}/{service.get('instance')}"
         flat[f"{who} version"] = str(service.get("version"))
-        flat.update(_flat(who, service.get("detail")))
+        # The probes have their table above.
+        flat.update(_flat(who, {k: v for k, v in (service.get("detail") or {}).items() if k != "probes"}))
     click.echo()
     _pairs(flat)
 

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import nats
 import nats.aio.client
 import nats.errors
@@ -103,7 +104,6 @@ class Work:
         self._ready: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._sub: Any = None
-        self._closed = False
 
     async def _on_message(self, msg: Msg) -> None:
         self._ready.append(Message(msg))
@@ -128,7 +128,7 @@ class Work:
 
     async def _watch(self) -> None:
         # A consumer that was deleted, or lost with its server's store, is silent: look, and make it again.
-        while not self._closed:
+        while True:
             await asyncio.sleep(_CONSUMER_CHECK_SECONDS)
             try:
                 await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
@@ -226,10 +226,12 @@ class Bus:
         try:
             yield cls(nc)
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(nc.flush(timeout=2), 2.0)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(nc.close(), 2.0)
+            # Whoever leaves because it was cancelled closes too; each step has its time limit.
+            with anyio.CancelScope(shield=True):
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(nc.flush(timeout=2), 2.0)
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(nc.close(), 2.0)
 
     @property
     def connected(self) -> bool:
@@ -326,14 +328,13 @@ class Bus:
         try:
             yield work
         finally:
-            # A cancel that meets the answer to a request is swallowed by asyncio.wait_for (until Python 3.12).
-            work._closed = True
             # The library's own time-outs may swallow a cancellation that meets them: insist.
-            while not watcher.done():
-                watcher.cancel()
-                await asyncio.wait({watcher}, timeout=0.2)
-            with contextlib.suppress(nats.errors.Error, OSError):
-                await work._sub.unsubscribe()
+            with anyio.CancelScope(shield=True):
+                while not watcher.done():
+                    watcher.cancel()
+                    await asyncio.wait({watcher}, timeout=0.2)
+                with contextlib.suppress(nats.errors.Error, OSError):
+                    await work._sub.unsubscribe()
 
     async def _info(self, stream: str, durable: str) -> Any:
         try:

@@ -76,7 +76,7 @@ class Watch:
         self.accountant = Accountant(self.kernel.lanes)
         self.accountant.begin(clock.boottime_ns())
         self.kernel.attach()
-        self.data = b""
+        self.records: list[events.Record] = []
         self.ledgers: list[Ledger] = []
 
     def python(self, code: str, *arguments: str | Path, check: bool = True) -> str:
@@ -92,7 +92,7 @@ class Watch:
         """Drain once and settle."""
         lost_before = decode_counters(self.kernel.counters())
         taken_before = decode_counters(self.kernel.counters())
-        drained = self.kernel.ring.drain(16 << 20)
+        drained = self.kernel.ring.drain(1 << 18)
         ledger = self.accountant.settle(
             now_ns=clock.boottime_ns(),
             lost_before=lost_before,
@@ -104,13 +104,16 @@ class Watch:
             last=last,
         )
         assert [] == ledger_faults(ledger)
-        self.data += drained.records
+        self.records += events.records(drained.records)
         self.ledgers.append(ledger)
+        self.left = drained.left
 
     def finish(self) -> Watched:
         """Detach, drain, and return everything."""
         self.kernel.detach()
         self.drain()
+        while self.left:
+            self.drain()
         self.drain(last=True)
         taken = {i: c.taken for i, c in enumerate(decode_counters(self.kernel.counters())) if c.taken}
         at: dict[int, int] = {}
@@ -124,9 +127,8 @@ class Watch:
                 for cause, n in part.items():
                     total[cause] = total.get(cause, 0) + n
         assert at == taken, "at the end every number is settled"
-        records = list(events.records(self.data))
-        assert len(records) == sum(row.recorded for ledger in self.ledgers for row in ledger.lanes)
-        return Watched(self.kernel, records, Ledger(0, 0, [], filtered, lost))
+        assert len(self.records) == sum(row.recorded for ledger in self.ledgers for row in ledger.lanes)
+        return Watched(self.kernel, self.records, Ledger(0, 0, [], filtered, lost))
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 from hypothesis import strategies as st
 
 from stella_shared import events
@@ -35,7 +33,11 @@ NAMES = st.one_of(
     ),
 )
 COMMS = st.one_of(NAMES.map(lambda b: b[:16]), st.just(b"\xff" * 16))
-ADDRESSES = st.one_of(st.binary(min_size=16, max_size=16), st.just(b"\x7f\0\0\1" + b"\0" * 12), st.just(b"\0" * 10 + b"\xff\xff\x7f\0\0\1"))
+ADDRESSES = st.one_of(
+    st.binary(min_size=16, max_size=16),
+    st.just(b"\x7f\0\0\1" + b"\0" * 12),
+    st.just(b"\0" * 10 + b"\xff\xff\x7f\0\0\1"),
+)
 FAMILIES = st.one_of(st.sampled_from([1, 2, 10]), U16)
 
 
@@ -59,12 +61,24 @@ def record(
     return events.RECORD_HEADER.pack(ts, seq, cgroup, tgid, tid, uid, lane, kind, call, size, comm) + padded
 
 
-def file_open(path: bytes, *, result: int = 3, flags: int = 0, resolve: int = 0, mode: int = 0, dfd: int = -100, status: int = 0) -> bytes:
+def file_open(
+    path: bytes, *, result: int = 3, flags: int = 0, resolve: int = 0, mode: int = 0, dfd: int = -100, status: int = 0
+) -> bytes:
     """Return the body of a file_open."""
     return events.FILE_OPEN_BODY.pack(result, flags, resolve, mode, dfd, len(path), status, 0, 0) + path
 
 
-def process_exec(filename: bytes, interpreter: bytes, argv: bytes, *, name_status: int = 0, argv_status: int = 0, total: int = 0, start_ns: int = 0, ppid: int = 1) -> bytes:
+def process_exec(
+    filename: bytes,
+    interpreter: bytes,
+    argv: bytes,
+    *,
+    name_status: int = 0,
+    argv_status: int = 0,
+    total: int = 0,
+    start_ns: int = 0,
+    ppid: int = 1,
+) -> bytes:
     """Return the body of a process_exec."""
     return (
         events.PROCESS_EXEC_BODY.pack(
@@ -74,7 +88,21 @@ def process_exec(filename: bytes, interpreter: bytes, argv: bytes, *, name_statu
     )  # fmt: skip
 
 
-def net_connect(call: int, path: bytes, frames: list[tuple[int, bytes, int]], *, result: int, fd: int, family: int, port: int, local_port: int, status: int, abstract: int, address: bytes, local: bytes) -> bytes:
+def net_connect(
+    call: int,
+    path: bytes,
+    frames: list[tuple[int, bytes, int]],
+    *,
+    result: int,
+    fd: int,
+    family: int,
+    port: int,
+    local_port: int,
+    status: int,
+    abstract: int,
+    address: bytes,
+    local: bytes,
+) -> bytes:
     """Return the body of a net_connect; those of uprobes have room for a path and frames behind it."""
     fixed = events.NET_CONNECT_BODY.pack(
         result, fd, family, port, local_port, len(path), status, abstract, len(frames), 0, address, local
@@ -92,11 +120,12 @@ OPENS = st.tuples(
         resolve=st.one_of(st.just(0), U64), mode=U32, dfd=st.one_of(st.just(-100), S32), status=st.integers(0, 3),
     ),
 )  # fmt: skip
+ARGV = st.lists(NAMES, max_size=4).map(lambda words: b"".join(word + b"\0" for word in words))
 EXECS = st.tuples(
     st.just(events.PROCESS_EXEC),
     st.just(3),
     st.builds(
-        process_exec, NAMES, st.one_of(st.just(b""), NAMES), st.lists(NAMES, max_size=4).map(lambda words: b"".join(w + b"\0" for w in words)),
+        process_exec, NAMES, st.one_of(st.just(b""), NAMES), ARGV,
         name_status=st.integers(0, 2), argv_status=st.integers(0, 2), total=U32, start_ns=U64, ppid=U32,
     ),
 )  # fmt: skip
@@ -114,11 +143,21 @@ CONNECTS = st.integers(5, 10).flatmap(
         st.just(events.NET_CONNECT),
         st.just(call),
         st.builds(
-            net_connect, st.just(call), NAMES.map(lambda b: b[:108]), FRAMES, result=S64, fd=S32, family=FAMILIES,
-            port=U16, local_port=U16, status=st.integers(0, 3), abstract=st.integers(0, 1), address=ADDRESSES,
+            net_connect,
+            st.just(call),
+            NAMES.map(lambda b: b[:108]),
+            FRAMES,
+            result=S64,
+            fd=S32,
+            family=FAMILIES,
+            port=U16,
+            local_port=U16,
+            status=st.integers(0, 3),
+            abstract=st.integers(0, 1),
+            address=ADDRESSES,
             local=ADDRESSES,
         ),
-    )  # fmt: skip
+    )
 )
 TLS = st.tuples(
     st.just(events.SSL_OP),
@@ -129,12 +168,30 @@ TLS = st.tuples(
 ANYTHING = st.one_of(OPENS, EXECS, STATES, CONNECTS, TLS)
 
 
-def batch(data: bytes, lanes: dict[int, int], *, node: str = "n", run: str = "0" * 16, boot_id: str = "b" * 32, libraries: list[str] | None = None, **more: object) -> RawBatch:
-    """Return a batch of these records, whose ledger says so."""
+def split(data: bytes) -> list[bytes]:
+    """Return the records that stand back to back in `data`."""
+    out = []
+    while data:
+        size = events.RECORD_HEADER.unpack_from(data)[9]
+        out.append(data[:size])
+        data = data[size:]
+    return out
+
+
+def batch(
+    data: bytes,
+    lanes: dict[int, int],
+    *,
+    node: str = "n",
+    run: str = "0" * 16,
+    boot_id: str = "b" * 32,
+    libraries: list[str] | None = None,
+    packed: bytes | None = None,
+) -> RawBatch:
+    """Return a batch of these records (or of these packed bytes), whose ledger says so."""
     rows = [LaneRow(lane, 0, n, n, 0, 0) for lane, n in sorted(lanes.items()) if n]
     return RawBatch(
         version=1, node=node, boot_id=boot_id, run=run, number=0, ledger=Ledger(0, 1, rows, {}, {}), coverage=b"",
-        final=False, closings=[], libraries=libraries or [], records=data,
+        final=False, closings=[], libraries=libraries or [],
+        records=events.pack_batch(split(data)) if packed is None else packed,
     )  # fmt: skip
-
-

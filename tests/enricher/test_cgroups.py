@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from stella_enricher.cgroups import CgroupIndex, Found, Mount, parse_mounts, walk
 
 A = "a1" * 32
@@ -187,9 +188,7 @@ def test_a_private_namespace_is_seen_through(tree: Path) -> None:
             index.close()
         """)
     # The shell joins the cgroup, then makes the namespaces: the cgroup becomes the root of what is seen.
-    script = (
-        'echo $$ > "$1/cgroup.procs" && exec unshare -C -m sh -c \'mount -t cgroup2 none /mnt && exec "$@"\''
-    )
+    script = 'echo $$ > "$1/cgroup.procs" && exec unshare -C -m sh -c \'mount -t cgroup2 none /mnt && exec "$@"\''
     done = subprocess.run(
         ["sh", "-c", f'{script} sh "$2" -c "$3"', "sh", str(inner), sys.executable, program],
         check=False,

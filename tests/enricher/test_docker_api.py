@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio
 import anyio.abc
 import pytest
+
 from stella_enricher.docker_api import DockerApi, Image
 
 pytestmark = pytest.mark.anyio

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+
 from stella_enricher.cgroups import CgroupIndex, parse_mounts
 from stella_enricher.containers import ContainerResolver
 from stella_enricher.docker_api import DockerApi
@@ -36,8 +37,7 @@ def why_no_engine() -> str:
     missing = [program for program in ("dockerd", "docker", "busybox") if shutil.which(program) is None]
     if missing:
         return (
-            f"not installed: {', '.join(missing)} "
-            "(apt-get install -y --no-install-recommends docker.io busybox-static)"
+            f"not installed: {', '.join(missing)} (apt-get install -y --no-install-recommends docker.io busybox-static)"
         )
     return ""
 

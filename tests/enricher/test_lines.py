@@ -37,7 +37,9 @@ CONTAINERS = {
 ALL = PathFilter([], [])
 MAKERS = [CLines, PythonLines]
 both = pytest.mark.parametrize("make", MAKERS)
-NODES = st.one_of(st.sampled_from(["n", 'weiß "n"\\', "\u2028"]), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+NODES = st.one_of(
+    st.sampled_from(["n", 'weiß "n"\\', "\u2028"]), st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+)
 validator = jsonschema.Draft202012Validator(events.json_schema())
 
 
@@ -110,7 +112,11 @@ def batch_of(rows: list[tuple], **more: object) -> RawBatch:
 
 @both
 @settings(max_examples=150, deadline=None)
-@given(rows=st.lists(LINES, max_size=12), node=NODES, libraries=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=3))
+@given(
+    rows=st.lists(LINES, max_size=12),
+    node=NODES,
+    libraries=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=3),
+)
 def test_fast_lines_are_the_slow_lines(make: type[Lines], rows: list[tuple], node: str, libraries: list[str]) -> None:
     """Byte for byte, for records of every type, every container, any name; a second build gives the same."""
     raw = batch_of(rows + rows, node=node, libraries=libraries)
@@ -179,7 +185,9 @@ def test_no_name_breaks_a_line(make: type[Lines]) -> None:
     allow=st.sampled_from([[], ["/etc/**"], ["/tmp/**", "/etc/passwd"], ["/*/*.conf"]]),
     deny=st.sampled_from([[], ["/proc/**"], ["/etc/**"], ["/**/self/*"]]),
 )
-def test_filtered_opens_are_counted_and_leave_no_line(make: type[Lines], rows: list[tuple], allow: list[str], deny: list[str]) -> None:
+def test_filtered_opens_are_counted_and_leave_no_line(
+    make: type[Lines], rows: list[tuple], allow: list[str], deny: list[str]
+) -> None:
     """Opens that the lists refuse become `user_path`; the identity still holds, with the same numbers."""
     paths = PathFilter(allow, deny)
     raw = batch_of(rows + rows)
@@ -233,8 +241,16 @@ def test_more_distinct_events_than_are_kept(make: type[Lines]) -> None:
 
 @both
 @settings(max_examples=300, deadline=None)
-@given(data=st.one_of(st.binary(max_size=400), st.lists(LINES, min_size=1, max_size=3).map(lambda rows: batch_of(rows).records)), cut=st.integers(0, 400), flip=st.tuples(st.integers(0, 399), st.integers(0, 255)))
-def test_bytes_that_are_no_records_are_a_broken_promise(make: type[Lines], data: bytes, cut: int, flip: tuple[int, int]) -> None:
+@given(
+    data=st.one_of(
+        st.binary(max_size=400), st.lists(LINES, min_size=1, max_size=3).map(lambda rows: batch_of(rows).records)
+    ),
+    cut=st.one_of(st.just(10**6), st.integers(0, 400)),
+    flip=st.tuples(st.integers(0, 399), st.integers(0, 255)),
+)
+def test_bytes_that_are_no_records_are_a_broken_promise(
+    make: type[Lines], data: bytes, cut: int, flip: tuple[int, int]
+) -> None:
     """Arbitrary, cut and changed bytes give lines or `BrokenPromise`, never anything else."""
     broken = bytearray(data[: max(cut, 1)])
     if flip[0] < len(broken):
@@ -246,7 +262,7 @@ def test_bytes_that_are_no_records_are_a_broken_promise(make: type[Lines], data:
     except BrokenPromise:
         pass
     try:
-        enriched = make(ALL).build(batch(bytes(broken), dict(counted)), container_of)
+        enriched = make(ALL).build(batch(b"", dict(counted), packed=bytes(broken)), container_of)
     except BrokenPromise:
         return
     assert sum(counted.values()) == sum(part.lines for part in enriched.parts)
@@ -284,7 +300,7 @@ def test_an_unusable_batch_is_lost_by_name() -> None:
 @both
 def test_building_is_linear_in_the_batch(make: type[Lines]) -> None:
     """A hostile batch of the largest size, all distinct and all escapes, is built well within a second."""
-    path = b"\x01\xff\"" * 1300
+    path = b'\x01\xff"' * 1300
     data = b"".join(record(1, 1, file_open(path + b"%d" % i), seq=i) for i in range(64))
     begin = time.perf_counter()
     (part,) = make(ALL).build(batch(data, {0: 64}), container_of).parts

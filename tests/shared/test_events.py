@@ -24,7 +24,9 @@ def test_a_body_of_any_bytes_is_an_event_or_a_broken_promise(kind: int, call: in
 
 @settings(max_examples=300, deadline=None)
 @given(what=ANYTHING, cut=st.integers(0, 200), byte=st.integers(0, 255))
-def test_a_cut_or_changed_body_is_an_event_or_a_broken_promise(what: tuple[int, int, bytes], cut: int, byte: int) -> None:
+def test_a_cut_or_changed_body_is_an_event_or_a_broken_promise(
+    what: tuple[int, int, bytes], cut: int, byte: int
+) -> None:
     """Lengths inside a body that lie lead nowhere."""
     kind, call, body = what
     changed = bytearray(body)
@@ -36,17 +38,59 @@ def test_a_cut_or_changed_body_is_an_event_or_a_broken_promise(what: tuple[int, 
             continue
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.binary(max_size=300), sizes=st.lists(st.integers(0, 200), max_size=3))
-def test_a_batch_of_any_bytes_is_records_or_a_broken_promise(data: bytes, sizes: list[int]) -> None:
-    """Walking a batch ends, and what it yields covers the bytes exactly."""
-    for size in sizes:
-        data += events.RECORD_HEADER.pack(1, 2, 3, 4, 5, 6, 7, 1, 0, size, b"x") + bytes(max(0, size - 64))
-    try:
-        found = list(events.records(data))
-    except BrokenPromise:
-        return
-    assert len(data) == sum(events.RECORD_HEADER.size + len(r.body) for r in found)
+@settings(max_examples=400, deadline=None)
+@given(
+    data=st.binary(max_size=300),
+    whats=st.lists(ANYTHING, max_size=3),
+    changes=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=2),
+    cut=st.one_of(st.just(10**6), st.integers(0, 600)),
+)
+def test_a_batch_of_any_bytes_is_records_or_a_broken_promise(
+    data: bytes, whats: list[tuple[int, int, bytes]], changes: list[tuple[int, int]], cut: int
+) -> None:
+    """Arbitrary, changed and cut batches are taken apart or refused; the quick looks at them raise nothing."""
+    packed = bytearray(events.pack_batch(record(*what) for what in whats))
+    for at, byte in changes:
+        if at < len(packed):
+            packed[at] = byte
+    for hostile in (data, bytes(packed[:cut])):
+        events.cgroups(hostile)
+        events.oldest_ns(hostile)
+        try:
+            found = list(events.records(hostile))
+        except BrokenPromise:
+            continue
+        assert not hostile or len(found) == events.BATCH_COUNTS.unpack_from(hostile)[2]
+
+
+@given(
+    whats=st.lists(ANYTHING, min_size=1, max_size=4),
+    order=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30),
+)
+def test_a_batch_says_each_distinct_thing_once(
+    whats: list[tuple[int, int, bytes]], order: list[tuple[int, int]]
+) -> None:
+    """Records come back in their order and whole; who and what are said once however often they come."""
+    raw = []
+    for seq, (what, who) in enumerate(order):
+        kind, call, body = whats[what % len(whats)]
+        raw.append(
+            record(kind, call, body, seq=seq, ts=7 * seq, cgroup=who, tgid=who + 1, tid=who + 2, uid=3, lane=who)
+        )
+    packed = events.pack_batch(raw)
+    found = list(events.records(packed))
+    assert [(7 * i, i, who, who + 1, who + 2, who) for i, (_, who) in enumerate(order)] == [
+        (r.ts_ns, r.seq, r.cgroup_id, r.tgid, r.tid, r.lane) for r in found
+    ]
+    for r, (what, _) in zip(found, order, strict=True):
+        kind, call, body = whats[what % len(whats)]
+        assert (kind, call, body) == (r.type, r.call, r.body[: len(body)])
+        assert not any(r.body[len(body) :])
+    taken_apart = events.unpack_batch(packed)
+    assert len(set(taken_apart.whats)) == len(taken_apart.whats) <= len(whats)
+    assert len(set(taken_apart.whos)) == len(taken_apart.whos)
+    assert {who for _, who in order} == events.cgroups(packed)
+    assert 0 == events.oldest_ns(packed)
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,7 +98,8 @@ def test_a_batch_of_any_bytes_is_records_or_a_broken_promise(data: bytes, sizes:
 def test_a_record_decodes_to_what_was_packed(what: tuple[int, int, bytes], seq: int) -> None:
     """Header fields come back, and padding changes no event."""
     kind, call, body = what
-    (r,) = events.records(record(kind, call, body, seq=seq, lane=3, comm=b"a b", ts=9, cgroup=8, tgid=7, tid=6, uid=5))
+    raw = record(kind, call, body, seq=seq, lane=3, comm=b"a b", ts=9, cgroup=8, tgid=7, tid=6, uid=5)
+    (r,) = events.records(events.pack_batch([raw]))
     assert (9, seq, 8, 7, 6, 5, 3, kind, call, b"a b") == (
         r.ts_ns, r.seq, r.cgroup_id, r.tgid, r.tid, r.uid, r.lane, r.type, r.call, r.comm,
     )  # fmt: skip
@@ -88,8 +133,14 @@ def test_process_exec_gives_the_words_back(words: list[bytes], name: bytes, inte
     assert events.text(whole).split("\0") == (part.argv or [""])
 
 
-@given(frames=FRAMES, abstract=st.booleans(), name=st.binary(min_size=1, max_size=107).map(lambda b: b.replace(b"\0", b"a")))
-def test_net_connect_names_unix_sockets_and_frames(frames: list[tuple[int, bytes, int]], abstract: bool, name: bytes) -> None:
+@given(
+    frames=FRAMES,
+    abstract=st.booleans(),
+    name=st.binary(min_size=1, max_size=107).map(lambda b: b.replace(b"\0", b"a")),
+)
+def test_net_connect_names_unix_sockets_and_frames(
+    frames: list[tuple[int, bytes, int]], abstract: bool, name: bytes
+) -> None:
     """An abstract name begins with @; a frame is build-id and offset, or `addr:0x…`; empty frames are left out."""
     path = b"\0" + name if abstract else name + b"\0"
     body = net_connect(
@@ -100,7 +151,9 @@ def test_net_connect_names_unix_sockets_and_frames(frames: list[tuple[int, bytes
     assert isinstance(event, events.NetConnect)
     assert ("@" if abstract else "") + events.text(name) == event.address
     expected = [
-        events.StackFrame(build_id=build_id.hex(), offset=offset) if status == 1 else events.StackFrame(symbol=f"addr:0x{offset:x}")
+        events.StackFrame(build_id=build_id.hex(), offset=offset)
+        if status == 1
+        else events.StackFrame(symbol=f"addr:0x{offset:x}")
         for status, build_id, offset in frames
         if status
     ]
@@ -137,7 +190,20 @@ def test_a_library_index_beyond_the_list_is_named() -> None:
     assert "library:7" == event.library
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"boot_id":1}', "\x00", b'{"boot_id":"\xff"}', '{"x":' + "[" * 100_000, '{"event":{"type":"nothing"}}', "{" * 2000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"boot_id":1}',
+        "\x00",
+        b'{"boot_id":"\xff"}',
+        '{"x":' + "[" * 100_000,
+        '{"event":{"type":"nothing"}}',
+        "{" * 2000,
+    ],
+)
 def test_a_line_that_is_none_is_a_broken_promise(text: str | bytes) -> None:
     """`decode_line` names what is wrong and raises nothing else."""
     with pytest.raises(BrokenPromise):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stella_collector import accounting
+from stella_collector import accounting, ring
 from stella_collector.kernel import OBJECT, probes_of
 from stella_shared import events, wire
 from stella_shared.config import Probes, Signals
@@ -153,8 +154,12 @@ def test_enums_agree() -> None:
     assert {f"STELLA_LANE_{name.upper()}": i for i, name in enumerate(wire.LANE_KIND_NAMES)} == kinds
     assert kinds["STELLA_LANE_UPROBE"] == accounting.UPROBE_KIND
     assert [0, 1, 2, 3] == [events._STATUS_OK, events._STATUS_TRUNCATED, events._STATUS_FAULT, events._STATUS_ABSENT]
-    assert {"STELLA_OK": 0, "STELLA_TRUNCATED": 1, "STELLA_FAULT": 2, "STELLA_ABSENT": 3} == enum_values("stella_status")
-    assert {"STELLA_ATTR_NONE": 0, "STELLA_ATTR_CURRENT": 1, "STELLA_ATTR_OWNER": 2} == enum_values("stella_attribution")
+    assert {"STELLA_OK": 0, "STELLA_TRUNCATED": 1, "STELLA_FAULT": 2, "STELLA_ABSENT": 3} == enum_values(
+        "stella_status"
+    )
+    assert {"STELLA_ATTR_NONE": 0, "STELLA_ATTR_CURRENT": 1, "STELLA_ATTR_OWNER": 2} == enum_values(
+        "stella_attribution"
+    )
     assert ("none", "current", "socket_owner") == events._ATTRIBUTIONS
 
 
@@ -162,7 +167,7 @@ def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
     """The header as the compiler lays it out, and ring.c's own copy of the record head, match Python's formats."""
     checks = []
     for name, (layout, fields) in LAYOUTS.items():
-        checks.append(f"_Static_assert(sizeof(struct {name}) == {struct.calcsize(layout)}, \"{name}\");")
+        checks.append(f'_Static_assert(sizeof(struct {name}) == {struct.calcsize(layout)}, "{name}");')
         for field, at in offsets(layout, fields).items():
             checks.append(f'_Static_assert(offsetof(struct {name}, {field}) == {at}, "{name}.{field}");')
     for field in ("ts_ns", "seq", "cgroup_id", "tgid", "tid", "uid", "lane", "type", "call", "size"):
@@ -172,7 +177,12 @@ def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
         )
     checks.append(f'_Static_assert(LANE_KINDS == STELLA_LANE_KINDS && LANE_KINDS == {wire.LANE_KINDS}, "kinds");')
     checks.append('_Static_assert(LANE_UPROBE == STELLA_LANE_UPROBE, "uprobe lane");')
-    checks.append('_Static_assert(sizeof(struct lane) == 32 && sizeof(struct drained) == 48, "ring.py");')
+    result = ctypes.sizeof(ring._Result)
+    checks.append(f'_Static_assert(sizeof(struct lane) == 32 && sizeof(struct drained) == {result}, "ring.py");')
+    for i, (field, _) in enumerate(ring._Result._fields_):
+        checks.append(f'_Static_assert(offsetof(struct drained, {field}) == {8 * i}, "drained.{field}");')
+    checks.append(f'_Static_assert(sizeof(struct who) == {events.WHO.size}, "who");')
+    checks.append(f'_Static_assert(sizeof(struct event) == {events.EVENT.size}, "event");')
     checks.append(f'_Static_assert(sizeof(struct stella_lane) == {accounting.LANE_STRIDE}, "stride");')
     source = tmp_path / "layout.c"
     source.write_text(

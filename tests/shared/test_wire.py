@@ -110,7 +110,9 @@ def test_a_quantile_is_never_below_the_truth(values: list[float]) -> None:
 
 def test_beats_come_back() -> None:
     """A heartbeat with histogram and detail survives the wire."""
-    beat = Beat("s", "i", "n", 1, "v", 1.0, 0.5, "ok", metrics={"a{b=c}": 1.0}, histograms={"h": Histogram.with_bounds(1)})
+    beat = Beat(
+        "s", "i", "n", 1, "v", 1.0, 0.5, "ok", metrics={"a{b=c}": 1.0}, histograms={"h": Histogram.with_bounds(1)}
+    )
     assert beat == wire.decode_beat(wire.encode_beat(beat))
 
 

@@ -213,6 +213,11 @@ void stella_ring_drain(struct ring *r, uint64_t capacity, struct lane *lanes, ui
 			break;
 		uint32_t length = head & LENGTH;
 		uint64_t step = ((uint64_t)length + 8 + 7) & ~7ull;
+		if (step > end - at) { /* nothing behind it can be found */
+			result->malformed++;
+			at = end;
+			break;
+		}
 		if (head & DISCARD) {
 			at += step;
 			continue;

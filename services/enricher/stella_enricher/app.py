@@ -35,6 +35,8 @@ TAKE: Final = 16
 PUBLISHING: Final = 16
 LAG_CHECK_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 15.0
+#: The rest of a message is for its headers.
+PART_BYTES_MAX: Final = subjects.MAX_PAYLOAD_BYTES - (128 << 10)
 RETRY_SECONDS: Final = (0.05, 1.0)
 AGE_SAMPLES: Final = 5
 _LATENCY_BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -75,6 +77,9 @@ class Enricher:
             if batch.records and batch.node == self.node and batch.boot_id == self.boot_id:
                 await self.resolver.settle(events.cgroups(batch.records))
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
+            if any(len(part.body) > PART_BYTES_MAX for part in enriched.parts):
+                # A traced program chose names (a library's path) that no message holds; it must not stop the pool.
+                raise BrokenPromise(f"its lines are larger than a message may be ({PART_BYTES_MAX} bytes)")
         except BrokenPromise as e:
             self.poisoned += 1
             self.last_error = str(e)
@@ -109,7 +114,7 @@ class Enricher:
                 parts=len(parts),
                 lines=part.lines,
                 ledger=enriched.ledger if index == 0 else None,
-                coverage=batch.coverage.decode() if index == 0 else "",
+                coverage=batch.coverage.decode("utf-8", "replace") if index == 0 else "",
                 final=batch.final,
                 closings=batch.closings if index == 0 else [],
                 drained_ns=batch.ledger.end_ns,

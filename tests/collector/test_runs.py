@@ -1,0 +1,205 @@
+"""The collector as a process on a real bus: batches follow on without a hole, and a dead run's books are closed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+import yaml
+
+from stella_collector.kernel import BPFFS
+from stella_shared import events, subjects
+from stella_shared.bus import Bus
+from stella_shared.wire import RawBatch, decode_raw, ledger_faults
+from tests.shared.nats_kit import Server, serving
+from tests.system.node import Cgroup, build_generator
+
+pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
+NODE = "runs"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serving(tmp_path) as made:
+        yield made
+
+
+class Collector:
+    """`python -m stella_collector` on one cgroup."""
+
+    def __init__(self, folder: Path, url: str, cgroup: Cgroup) -> None:
+        self.work = folder / "work"
+        self.work.mkdir()
+        self.state = folder / "state"
+        self.config = folder / "stellaops.yaml"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.config.write_text(
+            yaml.safe_dump(
+                {
+                    "signals": {
+                        "node": NODE,
+                        "output_directory": str(folder / "evidence"),
+                        "ring_buffer_size": 1 << 20,
+                        "bus": {"url": url},
+                        "filters": {
+                            "target_cgroups": [cgroup.name],
+                            "paths": {"allowlist": [f"{self.work}/**"], "denylist": []},
+                        },
+                        "logging": {"format": "text"},
+                    }
+                }
+            )
+        )
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", "stella_collector", "--config", str(self.config)])
+
+    def end(self, number: int) -> int:
+        """Signal it and return its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def pins(self) -> list[Path]:
+        """Return the pinned counters of this test's runs."""
+        return [pin for folder in (BPFFS / "stella").glob(f"{NODE}-*") for pin in folder.iterdir()]
+
+
+@pytest.fixture
+def collector(tmp_path: Path, server: Server, cgroup: Cgroup) -> Iterator[Collector]:
+    made = Collector(tmp_path, server.url, cgroup)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.process.kill()
+        made.process.wait()
+    for pin in made.pins():
+        pin.unlink()
+
+
+async def batches(bus: Bus, final: int, seconds: float = 30.0) -> list[RawBatch]:
+    """Take raw batches until `final` last ones have come."""
+    found: list[RawBatch] = []
+    async with bus.work(subjects.RAW_STREAM, "test", filter_subject=subjects.RAW_SUBJECTS, max_ack_pending=512) as work:
+        with anyio.fail_after(seconds):
+            while sum(batch.final for batch in found) < final:
+                for message in await work.get(64, 0.0):
+                    batch = decode_raw(message.data)
+                    assert f"{batch.run}.{batch.number}" == message.msg_id
+                    found.append(batch)
+                    await message.ack()
+    return sorted(found, key=lambda batch: (batch.ledger.end_ns, batch.number))
+
+
+def books(run: list[RawBatch]) -> tuple[dict[int, int], int, Counter[str]]:
+    """Check one run's batches; return its settled numbers by lane, its records, and its losses by cause."""
+    assert list(range(len(run))) == [batch.number for batch in run], "no batch is missing"
+    at: dict[int, int] = {}
+    lost: Counter[str] = Counter()
+    recorded = 0
+    for batch in run:
+        assert [] == ledger_faults(batch.ledger)
+        for row in batch.ledger.lanes:
+            assert row.first == at.get(row.lane, 0), "rows continue exactly"
+            at[row.lane] = row.next
+        counted = Counter(r.lane for r in events.records(batch.records))
+        assert {row.lane: row.recorded for row in batch.ledger.lanes if row.recorded} == dict(counted)
+        recorded += sum(counted.values())
+        lost.update(batch.ledger.lost)
+    return at, recorded, lost
+
+
+async def test_kill_9_leaves_the_exact_numbers_for_the_next_run(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """A collector killed under load leaves its counters; its successor tells them, no more, no less."""
+    program = build_generator(tmp_path)
+    generator = cgroup.run(
+        program, collector.work, "120000", "40000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert generator.stdin and generator.stdout
+    generator.stdout.readline()
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        generator.stdin.write(b"x")
+        generator.stdin.flush()
+        await anyio.sleep(0.7)
+        assert -signal.SIGKILL == collector.end(signal.SIGKILL)
+        (pin,) = collector.pins()
+        collector.start()
+        await wait_for_run(collector, but_not=pin.name)
+        assert [pin.name] != [p.name for p in collector.pins()], "its books are closed, so its counters are gone"
+        await anyio.to_thread.run_sync(lambda: generator.communicate(timeout=30))
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    assert [] == collector.pins()
+    assert not (collector.state / "run" / "collector.json").exists()
+    first = [batch for batch in found if batch.run == pin.name]
+    second = [batch for batch in found if batch.run != pin.name]
+    settled, recorded, lost = books(first)
+    (closing,) = second[0].closings
+    assert (pin.name, "") == (closing.run, closing.reason)
+    assert set(settled) <= set(closing.taken)
+    missing = sum(closing.taken.values()) - sum(settled.values())
+    assert all(closing.taken[lane] >= n for lane, n in settled.items())
+    assert 0 < missing < 40_000, "what was taken, and neither sent nor lost by name, died with the collector"
+    settled_second, recorded_second, lost_second = books(second)
+    assert not any(batch.closings for batch in second[1:])
+    assert second[-1].final
+    # Between the two nothing was attached: those opens took no number. Everything else is accounted for.
+    numbers = sum(closing.taken.values()) + sum(settled_second.values())
+    assert numbers == recorded + lost.total() + missing + recorded_second + lost_second.total()
+    assert 60_000 < recorded + recorded_second <= 120_000
+
+
+async def wait_for_run(collector: Collector, but_not: str = "", seconds: float = 20.0) -> None:
+    """Wait until a run has its first batch on the bus: it is on record then."""
+    file = collector.state / "run" / "collector.json"
+    with anyio.fail_after(seconds):
+        while not file.exists() or (but_not and but_not in file.read_text()):
+            assert collector.process is not None and collector.process.poll() is None
+            await anyio.sleep(0.02)
+
+
+async def test_a_clean_stop_settles_everything(collector: Collector, server: Server, cgroup: Cgroup) -> None:
+    """SIGTERM: what was in flight is published, the last batch is final, nothing is left to close."""
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        assert 1 == len(collector.pins())
+        code = f"for i in range(500):\n try: open('{collector.work}/%d' % i)\n except OSError: pass"
+        assert 0 == await anyio.to_thread.run_sync(lambda: cgroup.run(sys.executable, "-c", code).wait(20))
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    _, _, lost = books(found)
+    assert {} == dict(lost)
+    opened = [r for batch in found for r in events.records(batch.records) if r.type == events.FILE_OPEN]
+    mine = [r for r in opened if os.fsencode(collector.work) in r.body]
+    assert 500 == len(mine)
+    assert b"sys_enter_openat" in found[0].coverage
+    assert [] == collector.pins()
+
+
+async def test_a_run_whose_counters_are_gone_says_why(collector: Collector, server: Server) -> None:
+    """After a reboot the counters ended with that kernel: the closing says so instead of a number."""
+    file = collector.state / "run" / "collector.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"run":"aaaaaaaaaaaaaaaa","boot_id":"' + "0" * 32 + '"}')
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector, but_not="aaaaaaaaaaaaaaaa")
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    (closing,) = found[0].closings
+    assert ("aaaaaaaaaaaaaaaa", "0" * 32, {}) == (closing.run, closing.boot_id, closing.taken)
+    assert "restarted" in closing.reason
