@@ -276,7 +276,7 @@ static __always_inline struct inflight *recall(void)
 
 /* ---- filters ---------------------------------------------------------------------------------------- */
 
-/* Whether the text of a path is what the kernel walked: no `//` and no `/.` that could hide where it leads.
+/* Whether the text of a path is what the kernel walked: no `//`, `/./` or `/../` that hides where it leads.
  * What is not plain, or longer than a trie compares, is left for user space to judge. */
 static __always_inline bool plain(const struct open_record *r)
 {
@@ -286,7 +286,15 @@ static __always_inline bool plain(const struct open_record *r)
 	for (__u32 i = 0; i < 252; i++) {
 		if (i + 1 >= length)
 			break;
-		if (r->path[i] == '/' && (r->path[i + 1] == '/' || r->path[i + 1] == '.'))
+		if (r->path[i] != '/')
+			continue;
+		if (r->path[i + 1] == '/')
+			return false;
+		if (r->path[i + 1] != '.')
+			continue;
+		if (i + 2 >= length || r->path[i + 2] == '/')
+			return false;
+		if (r->path[i + 2] == '.' && (i + 3 >= length || r->path[i + 3] == '/'))
 			return false;
 	}
 	return true;
@@ -443,13 +451,13 @@ int stella_open_ex(struct trace_event_raw_sys_exit *ctx)
 }
 
 SEC("tracepoint/syscalls/sys_enter_openat")
-int stella_openat_en(struct trace_event_raw_sys_enter *ctx)
+int stella_opena_en(struct trace_event_raw_sys_enter *ctx)
 {
 	return open_entry(STELLA_CALL_OPENAT, ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3], 0);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat")
-int stella_openat_ex(struct trace_event_raw_sys_exit *ctx)
+int stella_opena_ex(struct trace_event_raw_sys_exit *ctx)
 {
 	return open_exit(STELLA_CALL_OPENAT, ctx->ret);
 }

@@ -472,7 +472,7 @@ def _net_connect(body: bytes, call: int) -> NetConnect:
     if status == _STATUS_FAULT:
         reason = _FAULT_REASON
     elif status == _STATUS_ABSENT:
-        reason = "the peer has no name" if result >= 0 or not accept else "no connection was taken"
+        reason = "the socket has no name" if result >= 0 or not accept else "no connection was taken"
     elif ip:
         peer = address_text(family, address)
     elif family == _AF_UNIX:

@@ -13,6 +13,8 @@ Decoders tolerate unknown trailing fields, so that parts of different age can ta
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import Final
 
 import msgspec
@@ -237,16 +239,42 @@ def decode_raw(data: bytes) -> RawBatch:
     return batch
 
 
+#: A header of more than some 64 KiB is never acknowledged by JetStream.
+HEAD_MAX_BYTES: Final = 60_000
+_HEAD_PLAIN_BYTES: Final = 16_384
+_HEAD_UNPACKED_MAX_BYTES: Final = 4 << 20
+_PACKED: Final = "zlib:"
+
+
 def encode_head(head: PartHead) -> str:
-    """Encode a part head as one line of JSON for the header `subjects.HEAD_HEADER`."""
-    return _head_encoder.encode(head).decode()
+    """Encode a part head as one line for the header `subjects.HEAD_HEADER`: JSON, packed when it is long.
+
+    Raises `BrokenPromise` when it is too long for a header even so.
+    """
+    plain = _head_encoder.encode(head)
+    if len(plain) <= _HEAD_PLAIN_BYTES:
+        return plain.decode()
+    packed = _PACKED + base64.b64encode(zlib.compress(plain, 6)).decode()
+    if len(packed) > HEAD_MAX_BYTES:
+        raise BrokenPromise(f"the head of an enriched message has {len(packed)} bytes, over {HEAD_MAX_BYTES}")
+    return packed
+
+
+def _unpacked(text: str | bytes) -> str | bytes:
+    if isinstance(text, bytes) or not text.startswith(_PACKED):
+        return text
+    unpack = zlib.decompressobj()
+    plain = unpack.decompress(base64.b64decode(text[len(_PACKED) :], validate=True), _HEAD_UNPACKED_MAX_BYTES)
+    if not unpack.eof:
+        raise ValueError(f"it is cut short, or over {_HEAD_UNPACKED_MAX_BYTES} bytes")
+    return plain
 
 
 def decode_head(text: str | bytes) -> PartHead:
     """Decode a part head.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
-        head = _head_decoder.decode(text)
-    except _REFUSALS as e:
+        head = _head_decoder.decode(_unpacked(text))
+    except (*_REFUSALS, ValueError, zlib.error) as e:
         raise BrokenPromise(f"head of an enriched message: {e}") from None
     if head.version != WIRE_VERSION:
         raise BrokenPromise(f"enriched head speaks wire version {head.version}, this is {WIRE_VERSION}")

@@ -170,7 +170,7 @@ def test_an_unknown_always_has_a_reason() -> None:
     assert ([], "the address could not be read", 9) == (ran.argv, ran.argv_reason, ran.argv_bytes)
     for call, family, status, result, reason in (
         (5, 2, 2, -14, "the address could not be read"),
-        (7, 1, 3, 4, "the peer has no name"),
+        (7, 1, 3, 4, "the socket has no name"),
         (7, 2, 3, -11, "no connection was taken"),
         (5, 16, 0, 0, "an address of this family is not decoded"),
     ):

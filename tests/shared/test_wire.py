@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import secrets
+import zlib
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -122,3 +126,32 @@ def test_any_node_name_is_one_token(name: str) -> None:
     subject = subjects.raw(name)
     assert 3 == len(subject.split("."))
     assert not set(subject) & set(" *>\r\n\t\0")
+
+
+def test_a_long_head_is_packed_and_comes_back() -> None:
+    """A head that would not fit into a header travels packed; one that no packing helps is refused by name."""
+    ledger = wire.Ledger(0, 1, [], {}, {})
+    head = wire.PartHead(1, "n", "b", "r", 0, 0, 1, 0, ledger, coverage='{"filters":' + '["/some/folder/**"]' * 20_000)
+    packed = wire.encode_head(head)
+    assert len(packed) < wire.HEAD_MAX_BYTES
+    assert "\n" not in packed
+    assert head == wire.decode_head(packed)
+    random = wire.PartHead(1, "n", "b", "r", 0, 0, 1, 0, ledger, coverage=secrets.token_hex(100_000))
+    with pytest.raises(BrokenPromise, match="over 60000"):
+        wire.encode_head(random)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zlib:",
+        "zlib:!!",
+        "zlib:" + base64.b64encode(b"no zlib").decode(),
+        "zlib:" + base64.b64encode(zlib.compress(b"x" * 100_000_000)).decode(),
+        "zlib:" + base64.b64encode(zlib.compress(b"{}")[:-3]).decode(),
+    ],
+)
+def test_a_packed_head_that_cannot_be_one_is_refused(text: str) -> None:
+    """Nonsense, bombs and cut ends are a broken promise, at a bounded cost."""
+    with pytest.raises(BrokenPromise):
+        wire.decode_head(text)

@@ -43,6 +43,9 @@ OBJECT: Final = NATIVE / "stella.bpf.o"
 TRACEFS: Final = Path("/sys/kernel/tracing")
 BPFFS: Final = Path("/sys/fs/bpf")
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
+#: Every batch names the libraries, and a traced process may map files of any name: bounded in number and length.
+LIBRARIES_MAX: Final = 64
+LIBRARY_NAME_MAX: Final = 256
 _RATE_WINDOWS_PER_SECOND: Final = 10
 _PATH_KEY_BYTES: Final = 252
 _LIBSSL = re.compile(r"/libssl[-.][^/ ]*so[^/ ]*$|/libssl\.so[^/ ]*$")
@@ -118,7 +121,7 @@ def probes_of(signals: Signals) -> list[tuple[Probe, bool]]:
             Probe(
                 "sys_enter_openat",
                 # open(2) exists on x86 only, openat2(2) since Linux 5.6.
-                tracepoints=_syscall("stella_openat", "openat")
+                tracepoints=_syscall("stella_opena", "openat")
                 + _syscall("stella_open", "open", False)
                 + _syscall("stella_open2", "openat2", False),
             ),
@@ -399,8 +402,11 @@ class Kernel:
             if key in self._uprobed:
                 continue
             self._uprobed.add(key)
-            name = re.sub(r"^/proc/\d+/root(?=/)", "", path)
+            name = re.sub(r"^/proc/\d+/root(?=/)", "", path)[:LIBRARY_NAME_MAX]
             if name not in self.libraries:
+                if len(self.libraries) >= LIBRARIES_MAX:
+                    log.warning("more than %d TLS libraries: %s is not watched", LIBRARIES_MAX, name)
+                    continue
                 self.libraries.append(name)
             cookie = self.libraries.index(name)
             for probe in wanted:
