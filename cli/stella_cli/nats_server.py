@@ -35,10 +35,6 @@ USERS: Final = ("collector", "enricher", "signer", "gateway", "operator")
 _STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
 
 
-#: Batches pass through the server's heap at some 100 MB/s: collect less often, within a bound.
-ENVIRONMENT: Final = {"GOGC": "400", "GOMEMLIMIT": "512MiB"}
-
-
 def _work_on(stream: str, durable: str) -> list[str]:
     """Requests of a worker: make its consumer and its streams again when they are gone, ack what it got."""
     return [

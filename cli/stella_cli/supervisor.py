@@ -258,9 +258,8 @@ class Supervisor:
                 part.log.bound()
                 began = time.monotonic()
                 part.beat = None
-                env = {**self.plan.env, **(nats_server.ENVIRONMENT if part.service == "nats" else {})}
                 try:
-                    part.child = Child(part.command, log=part.log.path, env=env, keep=_KEEP.get(part.service))
+                    part.child = Child(part.command, log=part.log.path, env=self.plan.env, keep=_KEEP.get(part.service))
                 except OSError as e:
                     part.exit_code = NotPermitted.exit_code if isinstance(e, PermissionError) else NotFound.exit_code
                     part.error = f"cannot start {part.command[0]}: {e.strerror}"
