@@ -11,12 +11,17 @@ KEYS = "keys"
 DATA = "ndjson"
 LEDGER = "ledger.json"
 ENVELOPE = "dsse.json"
+#: Beside a signed chunk there may be its Sigstore bundle, its timestamps and its certificate.
+BUNDLE = "sigstore.json"
+STAMPS = "stamps.json"
+CERTIFICATE = "cert.pem"
 OPEN_DATA = "open.ndjson"
 OPEN_JOURNAL = "open.journal"
-KINDS = (DATA, LEDGER, ENVELOPE, OPEN_DATA, OPEN_JOURNAL)
+PROOFS = (BUNDLE, STAMPS, CERTIFICATE)
+KINDS = (DATA, LEDGER, ENVELOPE, *PROOFS, OPEN_DATA, OPEN_JOURNAL)
 FIRST_INDEX = 1
 
-_CHUNK = re.compile(r"([0-9]{6,12})\.(ndjson|ledger\.json|dsse\.json|open\.ndjson|open\.journal)")
+_CHUNK = re.compile(rf"([0-9]{{6,12}})\.({'|'.join(map(re.escape, KINDS))})")
 _KEY = re.compile(r"([0-9a-f]{64})\.pem")
 
 
