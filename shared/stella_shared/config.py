@@ -90,9 +90,9 @@ class Signing(_Section, frozen=True):
     key_id: Annotated[
         str,
         _text(
-            "Which key signs: `local` is the ECDSA P-256 key made by `stella signals init`. `fulcio` "
-            "(keyless) and KMS URIs such as `awskms:///alias/evidence` are accepted, but only `local` can "
-            "run in this release.",
+            "Which key signs. `local`: the ECDSA P-256 key made by `stella signals init`. `fulcio`: keyless, a "
+            "certificate of a few minutes for each chunk. Otherwise the URI of a P-256 key in a KMS or HSM, as "
+            "securesystemslib writes it: `awskms:…`, `gcpkms:…`, `azurekms:…`, `hsm:2?label=TOKEN`, `file2:…`.",
             max_length=512,
         ),
     ] = "local"
@@ -100,9 +100,53 @@ class Signing(_Section, frozen=True):
         bool,
         _key(
             "Submit each signed statement to a transparency log. A public entry is for ever, so this is off "
-            "until a log is configured; switched on without one, the node refuses to start."
+            "until a log is configured under signals.rekor; switched on without one, the node refuses to start."
         ),
     ] = False
+    identity_token_file: Annotated[
+        str,
+        _text(
+            "File with the OIDC token that `fulcio` is shown, read anew for each certificate, such as a projected "
+            "service account token. Empty: the ambient credential of the platform, where there is one."
+        ),
+    ] = ""
+    pin_file: Annotated[str, _text("File with the PIN of an HSM (`hsm:…`). Readable by the signer's user alone.")] = ""
+    pkcs11_module: Annotated[
+        str, _text("Path of the HSM's PKCS#11 library, for `hsm:…`. Empty: what $PYKCS11LIB names.")
+    ] = ""
+
+
+class Rekor(_Section, frozen=True):
+    """The transparency log, the timestamp and certificate authorities: what Sigstore calls a trust configuration.
+
+    It comes from one file (trust_config), from two (trusted_root, signing_config), or from a TUF repository.
+    """
+
+    trust_config: Annotated[
+        str, _text("File with a Sigstore ClientTrustConfig: trusted root and signing config in one.")
+    ] = ""
+    trusted_root: Annotated[str, _text("File with a Sigstore TrustedRoot: whose keys count.")] = ""
+    signing_config: Annotated[str, _text("File with a Sigstore SigningConfig (v0.2): which services are used.")] = ""
+    tuf_url: Annotated[
+        str, _text("URL of a TUF repository that has trusted_root.json and signing_config.v0.2.json. Needs tuf_root.")
+    ] = ""
+    tuf_root: Annotated[
+        str, _text("File with the TUF repository's root.json, obtained by other means: trust begins there.")
+    ] = ""
+    read_url: Annotated[
+        str, _text("URL that a Rekor v2 log is read from, where that is another one than it is written to.")
+    ] = ""
+    submit_every: Annotated[
+        int,
+        _number(
+            "Submit every n-th chunk only. Each statement names the one before it, so an entry vouches for all "
+            "chunks before it, too. The first chunk, the last one at a stop, and one an hour are always submitted.",
+            unit="chunks",
+            ge=1,
+            le=10_000,
+        ),
+    ] = 1
+    parallel_uploads: Annotated[int, _number("Submissions under way at a time.", unit="submissions", ge=1, le=16)] = 4
 
 
 class Probes(_Section, frozen=True):
@@ -297,6 +341,7 @@ class Signals(_Section, frozen=True):
     ] = 0
     rotation: Annotated[Rotation, _key("When a chunk is closed.")] = Rotation()
     signing: Annotated[Signing, _key("How chunks are signed.")] = Signing()
+    rekor: Annotated[Rekor, _key("The transparency log and its surroundings.")] = Rekor()
     probes: Annotated[Probes, _key("Which probes are attached.")] = Probes()
     filters: Annotated[Filters, _key("What is collected.")] = Filters()
     resources: Annotated[Resources, _key("Bounds of memory and caches.")] = Resources()
@@ -367,18 +412,29 @@ def check_runnable(signals: Signals) -> None:
     faults: list[str] = []
     if not signals.enabled:
         faults.append("signals.enabled is false: nothing is to be collected")
-    if signals.signing.enabled and signals.signing.key_id != "local":
+    signing, rekor = signals.signing, signals.rekor
+    if signing.enabled and signing.key_id == "fulcio" and not has_trust_config(rekor):
         faults.append(
-            f"signals.signing.key_id is {signals.signing.key_id!r}: "
-            'keyless and KMS signing are not available in this release; write "local"'
+            "signals.signing.key_id is 'fulcio' but no certificate authority is configured: set "
+            "signals.rekor.trust_config (or tuf_url and tuf_root), or write key_id: local"
         )
-    if signals.signing.submit_to_rekor:
+    if signing.submit_to_rekor and not has_trust_config(rekor):
         faults.append(
             "signals.signing.submit_to_rekor is true but no transparency log is configured: a public entry "
-            "is for ever, so none is assumed; write false, chunks stay signed and can be verified offline"
+            "is for ever, so none is assumed; set signals.rekor.trust_config (or tuf_url and tuf_root), or write "
+            "false: chunks stay signed, can be verified offline, and can be submitted later"
         )
+    if signing.submit_to_rekor and not signing.enabled:
+        faults.append("signals.signing.submit_to_rekor is true but signals.signing.enabled is false")
+    if signing.enabled and signing.key_id.startswith("hsm:") and not signing.pin_file:
+        faults.append("signals.signing.key_id is an HSM's key, and signals.signing.pin_file names no file with its PIN")
     if faults:
         raise ConfigError("\n".join(faults), hint="docs/reference/configuration.md explains these keys")
+
+
+def has_trust_config(rekor: Rekor) -> bool:
+    """Return whether the surroundings of a log are configured at all."""
+    return bool(rekor.trust_config or (rekor.trusted_root and rekor.signing_config) or rekor.tuf_url)
 
 
 def node_name(signals: Signals) -> str:
@@ -459,10 +515,25 @@ def _read(path: Path) -> bytes:
 
 def _cross_faults(signals: Signals) -> list[str]:
     """Check what concerns two keys at once."""
+    faults = _rekor_faults(signals.rekor)
     state, evidence = PurePosixPath(state_directory(signals)), PurePosixPath(signals.output_directory)
     if state == evidence or evidence in state.parents or state in evidence.parents:
-        return [
+        faults.append(
             f"signals.state_directory ({state}) and signals.output_directory ({evidence}) lie in each other; "
             "clearing the evidence must not clear the keys"
-        ]
+        )
+    return faults
+
+
+def _rekor_faults(rekor: Rekor) -> list[str]:
+    """Check that there is one source of trust at the most, and that it is whole."""
+    files = bool(rekor.trusted_root or rekor.signing_config)
+    sources = [name for name, used in (("trust_config", rekor.trust_config), ("tuf_url", rekor.tuf_url)) if used]
+    sources += ["trusted_root and signing_config"] if files else []
+    if len(sources) > 1:
+        return [f"signals.rekor: {', '.join(sources)} are two sources of trust; name one"]
+    if files and not (rekor.trusted_root and rekor.signing_config):
+        return ["signals.rekor: trusted_root and signing_config go together; or use trust_config for both in one file"]
+    if bool(rekor.tuf_url) != bool(rekor.tuf_root):
+        return ["signals.rekor: tuf_url and tuf_root go together; trust begins with a root.json obtained otherwise"]
     return []

@@ -18,6 +18,7 @@ from stella_shared import patterns
 from stella_shared.config_layers import shown
 
 _CONTAINER = re.compile(r"(?:[a-z-]+://)?[0-9a-f]{12,64}")
+_KMS = re.compile(r"[a-z][a-z0-9]{1,15}:[^\s]*")
 _NAMESPACE = re.compile(r"(?:pid|mnt|net):\[[0-9]{1,10}\]")
 
 
@@ -127,6 +128,20 @@ def _url_faults(text: str) -> list[str]:
     return []
 
 
+def _key_faults(text: str) -> list[str]:
+    ok = text in ("local", "fulcio") or _KMS.fullmatch(text)
+    return [] if ok else [f"is {shown(text)}; allowed: local, fulcio, or a KMS URI such as awskms:… or hsm:…"]
+
+
+def _http_faults(text: str) -> list[str]:
+    try:
+        parts = urlsplit(text)
+        ok = not text or (parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0)
+    except ValueError:
+        ok = False
+    return [] if ok else [f"is {shown(text)}; allowed: http://… or https://…"]
+
+
 CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.output_directory": _folder_faults,
     "signals.state_directory": _optional_folder_faults,
@@ -140,6 +155,16 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.filters.paths.denylist": _patterns_faults,
     "signals.filters.networks.allowlist": _networks_faults,
     "signals.filters.networks.denylist": _networks_faults,
+    "signals.signing.key_id": _key_faults,
+    "signals.signing.identity_token_file": _optional_file_faults,
+    "signals.signing.pin_file": _optional_file_faults,
+    "signals.signing.pkcs11_module": _optional_file_faults,
+    "signals.rekor.trust_config": _optional_file_faults,
+    "signals.rekor.trusted_root": _optional_file_faults,
+    "signals.rekor.signing_config": _optional_file_faults,
+    "signals.rekor.tuf_url": _http_faults,
+    "signals.rekor.tuf_root": _optional_file_faults,
+    "signals.rekor.read_url": _http_faults,
     "signals.metrics.address": _address_faults,
     "signals.metrics.token_file": _optional_file_faults,
     "signals.bus.url": _url_faults,

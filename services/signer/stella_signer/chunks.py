@@ -1,10 +1,10 @@
 """The chunks on disk: the only module of the signer that writes files.
 
-    open ──commit──▶ open ──close──▶ sealed ──sign──▶ signed        (stamped ─▶ logged: another release)
+    open ──commit──▶ open ──close──▶ sealed ──sign──▶ signed        (─▶ stamped ─▶ logged: `submission`)
 
     commit   data, fsync; journal entry, fsync.  Only then may messages be acknowledged.
     close    NNNNNN.ledger.json whole; rename NNNNNN.open.ndjson → NNNNNN.ndjson; the journal goes
-    sign     NNNNNN.dsse.json whole; then head.json whole
+    sign     NNNNNN.cert.pem and NNNNNN.stamps.json, for a keyless signature; NNNNNN.dsse.json whole; head.json whole
 
 A crash at any system call leaves the state before or after that step, and which one it is shows in the files
 alone.  `ChunkStore.open` finishes whatever was begun with the functions of the live path.  An `OSError` from
@@ -21,16 +21,17 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, Final
 
-from stella_shared.errors import ConfigError, TryAgain
+from stella_shared.errors import BrokenPromise, ConfigError, TryAgain
 from stella_shared.evidence import canonical, dsse, merkle, names, records, statement
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.lines import blocks
 from stella_shared.evidence.records import Chain, Head, Ledger, Window
+from stella_shared.evidence.stamps import Stamps, encode_stamps
 from stella_shared.evidence.statement import Previous
 from stella_shared.evidence.store import Places, read_chain, read_head
 from stella_signer import journal
 from stella_signer.account import Account
-from stella_signer.signing import LocalKey
+from stella_signer.signing import LocalKey, Signed
 from stella_signer.steps import Step
 
 _FILE_MODE: Final = 0o640
@@ -43,12 +44,21 @@ class ChunkStore:
     """The chain's end: one open chunk, and the step from each state to the next."""
 
     def __init__(
-        self, where: Places, chain: Chain, key: LocalKey | None, *, version: str, now: Callable[[], str], disk: Disk
+        self,
+        where: Places,
+        chain: Chain,
+        key: LocalKey | None,
+        *,
+        remote: bool,
+        version: str,
+        now: Callable[[], str],
+        disk: Disk,
     ) -> None:
         self._where = where
         self._chain = chain
         self._manifest_sha256 = sha256((where.evidence / names.CHAIN).read_bytes()).hexdigest()
         self._key = key
+        self._signs = key is not None or remote
         self._version = version
         self._now = now
         self._disk = disk
@@ -92,20 +102,28 @@ class ChunkStore:
 
     @classmethod
     def open(
-        cls, where: Places, key: LocalKey | None, *, version: str, now: Callable[[], str], disk: Disk | None = None
+        cls,
+        where: Places,
+        key: LocalKey | None,
+        *,
+        version: str,
+        now: Callable[[], str],
+        disk: Disk | None = None,
+        remote: bool = False,
     ) -> ChunkStore:
         """Take the evidence directory over and finish what an earlier life began.
 
         A chunk that was open with something in it is closed as `recovery`, unless batches in it wait for an
         earlier one: then it stays open and `recovering` is true.  Sealed chunks are signed.  A chain without
         any chunk gets its `genesis` chunk, empty and signed at once, so that there is a signed beginning.
-        `now` gives UTC as text.  Raises `ConfigError` for what no crash of ours can leave, `TryAgain` while
+        `now` gives UTC as text.  With `remote`, signatures come from outside: `next_to_sign` and `signed`.
+         Raises `ConfigError` for what no crash of ours can leave, `TryAgain` while
         another signer has it, `OSError` when the disk refuses (call again).
         """
         chain = read_chain(where.evidence)
         if chain is None:
             raise ConfigError(f"{where.evidence} holds no chain", hint="run: stella signals init")
-        store = cls(where, chain, key, version=version, now=now, disk=disk or Disk())
+        store = cls(where, chain, key, remote=remote, version=version, now=now, disk=disk or Disk())
         try:
             store._take_lock()
             store._recover()
@@ -172,9 +190,9 @@ class ChunkStore:
         signed = closed[: len(closed) - len(unsigned)]
         if unsigned and signed and unsigned[0] < signed[-1]:
             raise ConfigError(f"chunk {unsigned[0]} is not signed, but a later one is", hint=_RESTORE)
-        for index in unsigned if self._key else []:
+        for index in unsigned if self._signs else []:
             self._check_data(self._read_ledger(index)[0], names.DATA)
-        self._to_sign = deque(unsigned if self._key else [])
+        self._to_sign = deque(unsigned if self._signs else [])
         if signed:
             ledger, _ = self._read_ledger(signed[-1])
             self._signed, key_id = self._read_envelope(signed[-1])
@@ -393,7 +411,7 @@ class ChunkStore:
         `end` is the end of its window, now by default.  The caller sees to it that no batch waits for an
         earlier one.  When this raised, calling it again finishes the same closing.
         """
-        if self._sealing is not None or self._to_sign:
+        if self._sealing is not None or (self._to_sign and self._key):
             self.sign()
             return
         self._open_files()
@@ -435,7 +453,7 @@ class ChunkStore:
         self._disk.remove(self._where.chunk(ledger.index, names.OPEN_JOURNAL))
         self._close_files()
         self._sealing = None
-        if self._key:
+        if self._signs:
             self._to_sign.append(ledger.index)
         self._follow(ledger, sha256(data).hexdigest(), ledger.window.end)
 
@@ -445,22 +463,41 @@ class ChunkStore:
         self._begin(ledger.index + 1, opened)
 
     def sign(self) -> None:
-        """Sign every sealed chunk that is not signed yet, in order."""
+        """Sign every sealed chunk that is not signed yet, in order, with the local key if there is one."""
         self._finish_seal()
-        while self._to_sign and self._key:
-            index = self._to_sign[0]
-            ledger, digest = self._read_ledger(index)
+        while self._key and (waiting := self.next_to_sign()):
+            index, payload = waiting
             if self._envelope is None or self._envelope[0] != index:
-                context = statement.Context(
-                    self._chain.node, self._manifest_sha256, self._chain.predecessor, self._signed, self._version
-                )
-                payload = statement.encode(statement.build(ledger, digest, context))
                 self._envelope = index, self._key.envelope(payload)
-            envelope = self._envelope[1]
-            self._disk.put(self._where.chunk(index, names.ENVELOPE), envelope)
-            statement_sha256 = sha256(dsse.open_envelope(envelope).payload).hexdigest()
-            self._put_head(records.head_of(ledger, statement_sha256, self._key.key_id))
-            self._signed = Previous(index, ledger.sha256, statement_sha256)
+            self.signed(index, Signed(self._envelope[1], self._key.key_id))
             self._envelope = None
-            self._to_sign.popleft()
-            self.chunks_signed += 1
+
+    def next_to_sign(self) -> tuple[int, bytes] | None:
+        """Return the first sealed chunk that is not signed, and the statement to sign; None when there is none."""
+        if not self._to_sign:
+            return None
+        index = self._to_sign[0]
+        ledger, digest = self._read_ledger(index)
+        context = statement.Context(
+            self._chain.node, self._manifest_sha256, self._chain.predecessor, self._signed, self._version
+        )
+        return index, statement.encode(statement.build(ledger, digest, context))
+
+    def signed(self, index: int, made: Signed) -> None:
+        """Keep the signature of the chunk that `next_to_sign` told of.  The envelope is last: with it, all is there.
+
+        When this raised `OSError`, call it again with the same signature.
+        """
+        if not self._to_sign or self._to_sign[0] != index:
+            raise BrokenPromise(f"chunk {index} is not the one to be signed")
+        ledger, _ = self._read_ledger(index)
+        if made.certificate:
+            self._disk.put(self._where.chunk(index, names.CERTIFICATE), made.certificate)
+        if made.timestamps:
+            self._disk.put(self._where.chunk(index, names.STAMPS), encode_stamps(Stamps.of(made.timestamps)))
+        self._disk.put(self._where.chunk(index, names.ENVELOPE), made.envelope)
+        statement_sha256 = sha256(dsse.open_envelope(made.envelope).payload).hexdigest()
+        self._put_head(records.head_of(ledger, statement_sha256, made.key_id))
+        self._signed = Previous(index, ledger.sha256, statement_sha256)
+        self._to_sign.popleft()
+        self.chunks_signed += 1

@@ -5,6 +5,8 @@ Everything that is signed or hashed as JSON goes through here, so that one value
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Any, TypeVar
 
 import msgspec
@@ -57,6 +59,17 @@ def loads(data: bytes, kind: type[T]) -> T:
     if not same:
         raise ValueError("not canonical: these are not the RFC 8785 bytes of the value")
     return value
+
+
+def base64_bytes(text: str) -> bytes:
+    """Return what the base64 `text` stands for.  Raises `ValueError` for stray characters, padding or bits."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise ValueError(f"base64: {e}") from None
+    if base64.b64encode(data).decode() != text:
+        raise ValueError("not canonical: base64 with stray bits")
+    return data
 
 
 def line_is_canonical(line: bytes, decoded: Any) -> bool:
