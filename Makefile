@@ -10,6 +10,10 @@ CONFIG ?= node/stellaops.yaml
 # What Debian must provide to build the native parts, and what the tests run beside.
 BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
 TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl
+# Node may have come another way than from Debian.
+TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,nodejs npm)
+# The independent Sigstore implementations of the tests.
+NODE_MODULES := tests/sigstore/node_modules/installed
 
 .PHONY: up demo install test lint check bench reference lock clean system-build system-test
 
@@ -52,13 +56,17 @@ $(VENV)/installed: pyproject.toml requirements.lock bpf/Makefile bpf/stella.bpf.
 	@touch $@
 	@echo "installed: $(STELLA)"
 
+$(NODE_MODULES): tests/sigstore/package.json tests/sigstore/package-lock.json | system-test
+	cd tests/sigstore && npm ci --ignore-scripts --loglevel=error
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: install system-test lint
+test: install system-test $(NODE_MODULES) lint
 	$(BIN)/python -m pytest
 
 bench: install
@@ -73,5 +81,5 @@ lock: $(BIN)/python
 	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip > requirements.lock
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist tests/sigstore/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	$(MAKE) -s -C bpf clean
