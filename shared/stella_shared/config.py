@@ -134,7 +134,11 @@ class Rekor(_Section, frozen=True):
         str, _text("File with the TUF repository's root.json, obtained by other means: trust begins there.")
     ] = ""
     read_url: Annotated[
-        str, _text("URL that a Rekor v2 log is read from, where that is another one than it is written to.")
+        str,
+        _text(
+            "Prefix of the URLs that a Rekor v2 log is read from (`<read_url>/checkpoint`), where it is served from "
+            "another place than it is written to. Empty: `/api/v2` of the log itself."
+        ),
     ] = ""
     submit_every: Annotated[
         int,

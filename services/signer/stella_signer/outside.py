@@ -7,6 +7,7 @@ Refused    this request is never taken (other 4xx)
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 import httpx
@@ -101,13 +102,11 @@ def _reason(error: httpx.HTTPError) -> str:
     """Return a transport failure in the words of the operating system, where it has some."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-        if isinstance(cause, ConnectionRefusedError):
-            return "connection refused"
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno).lower()
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx.ConnectError):
-        return "connection refused" if "refused" in str(error) or "attempts failed" in str(error) else str(error)
+        return str(error) or "no connection"
     if isinstance(error, httpx.TimeoutException):
         return "time-out"
     return str(error) or type(error).__name__

@@ -178,7 +178,7 @@ class RekorV2:
     def __init__(self, outside: Outside, url: str, read_url: str, log: Log) -> None:
         self._outside = outside
         self._url = url.rstrip("/")
-        self._read_url = (read_url or url).rstrip("/") + "/api/v2"
+        self._read_url = read_url.rstrip("/") or f"{self._url}/api/v2"
         self._log = log
 
     async def submit(self, envelope: bytes, verifier: Verifier) -> TlogEntry:
