@@ -248,13 +248,12 @@ class Submitter:
         verifier = self.verifier(index)
         stamps = await self._stamps(index, envelope)
         service, entry = await self._submitted(envelope, verifier)
-        log = self._services.root.log(canonical.base64_bytes(entry.log_id.key_id))
-        door = self._door(service)
         try:
-            await self._witness.saw(entry.inclusion_proof.checkpoint.envelope, log, door)
+            data = await anyio.to_thread.run_sync(self._bundle, envelope, verifier, entry, stamps)
+            log = self._services.root.log(canonical.base64_bytes(entry.log_id.key_id))
+            await self._witness.saw(entry.inclusion_proof.checkpoint.envelope, log, self._door(service))
         except ValueError as e:
             raise Later(f"the log's answer does not hold: {e}") from None
-        data = await anyio.to_thread.run_sync(self._bundle, envelope, verifier, entry, stamps)
         self._disk.put(self._where.chunk(index, names.BUNDLE), data)
 
     def verifier(self, index: int) -> Verifier:
@@ -320,7 +319,7 @@ class Submitter:
         self._services = services
 
     def _bundle(self, envelope: bytes, verifier: Verifier, entry: TlogEntry, stamps: list[bytes]) -> bytes:
-        """Return the bundle's bytes after our own offline verification has accepted them."""
+        """Return the bundle's bytes after our own offline verification has accepted them.  Raises `ValueError`."""
         root = self._services.root
         hint = "" if verifier.certificate else keys.key_hint(keys.key_id(verifier.key))
 
@@ -332,10 +331,7 @@ class Submitter:
             )
 
         data = made(_without_late_promise(entry, verifier))
-        try:
-            proof_of_log.check(data, envelope, verifier, root)
-        except ValueError as e:
-            raise Later(f"the log's answer does not hold: {e}") from None
+        proof_of_log.check(data, envelope, verifier, root)
         return data
 
 
