@@ -26,7 +26,9 @@ ENRICH_LATENCY_SECONDS: Final = "stellaops_signals_enrich_latency_seconds"
 KERNEL_TO_LINE_LATENCY_SECONDS: Final = "stellaops_signals_kernel_to_line_latency_seconds"
 DURABLE_LATENCY_SECONDS: Final = "stellaops_signals_durable_latency_seconds"
 CHUNKS_SIGNED: Final = "stellaops_signals_chunks_signed"
+CHUNKS_LOGGED: Final = "stellaops_signals_chunks_logged"
 REKOR_FAILURES: Final = "stellaops_signals_rekor_failures"
+REKOR_PENDING: Final = "stellaops_signals_rekor_pending"
 BATCHES_TOTAL: Final = "stellaops_signals_batches_total"
 LINES_TOTAL: Final = "stellaops_signals_lines_total"
 SPOOL_BYTES: Final = "stellaops_signals_spool_bytes"
@@ -142,6 +144,21 @@ _METRICS: Final = (
         "Failed submissions to the transparency log. 0 while no log is configured.",
         ("signer",),
         alert="> 0: investigate",
+    ),
+    Metric(
+        REKOR_PENDING,
+        "gauge",
+        "chunks",
+        "Signed chunks that are to be submitted to the transparency log and are not in it yet.",
+        ("signer",),
+        alert="rising: the log is away, see rekor_failures",
+    ),
+    Metric(
+        CHUNKS_LOGGED,
+        "counter",
+        "chunks",
+        "Chunks whose entry in the transparency log was verified.",
+        ("signer",),
     ),
     Metric(
         BATCHES_TOTAL,

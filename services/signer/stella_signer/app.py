@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -31,6 +31,7 @@ from stella_shared.evidence.store import places
 from stella_shared.wire import Beat, Histogram, decode_head
 from stella_signer.chunks import ChunkStore
 from stella_signer.intake import Batch, Intake, Verdict
+from stella_signer.outbound import Outbound
 from stella_signer.patience import Patience, at_the_end
 from stella_signer.signing import LocalKey
 from stella_signer.steps import Step
@@ -47,6 +48,9 @@ MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 MAX_COVERAGES: Final = 256
 
 
+T = TypeVar("T")
+
+
 def _utc_now() -> str:
     return clock.utc_text(time.time_ns())
 
@@ -59,6 +63,9 @@ class Signer:
         self._node = config.node_name(signals)
         self._instance = instance or self._node
         self._log = log.setup(SERVICE, signals.logging)
+        self._alone = anyio.Lock()
+        self._outbound = Outbound(signals, self._log, self._durable)
+        self._key: LocalKey | None = None
         self._started_at = time.time()
         self._boot_id = clock.boot_id()
         self._state = "starting"
@@ -118,12 +125,15 @@ class Signer:
             return
         intake: Intake[Message] = Intake(self._node, store.is_settled, store.boot_of)
         try:
-            async with bus.work(
-                subjects.ENRICHED_STREAM,
-                subjects.SIGNER_DURABLE,
-                filter_subject=subjects.enriched(self._node, "*"),
-                max_ack_pending=MAX_ACK_PENDING,
-            ) as work:
+            async with (
+                bus.work(
+                    subjects.ENRICHED_STREAM,
+                    subjects.SIGNER_DURABLE,
+                    filter_subject=subjects.enriched(self._node, "*"),
+                    max_ack_pending=MAX_ACK_PENDING,
+                ) as work,
+                self._outbound.working(store),
+            ):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch_lag, work)
                     await self._keep(work, store, intake, stop)
@@ -136,16 +146,17 @@ class Signer:
 
     async def _open_store(self, stop: anyio.Event) -> ChunkStore | None:
         where = places(self._signals)
-        key = LocalKey.load(where.state) if self._signals.signing.enabled else None
-        if key is None:
+        signing = self._signals.signing
+        if not signing.enabled:
             self._log.warning("signing is switched off: chunks are closed, and nothing vouches for them")
-        else:
-            self._detail["key_id"] = f"sha256:{key.key_id}"
-            self._detail["key_hint"] = keys.key_hint(key.key_id)
+        elif not self._outbound.remote:
+            self._key = LocalKey.load(where.state)
+            self._detail["key_hint"] = keys.key_hint(self._key.key_id)
+        key, remote = self._key, self._outbound.remote
         opened: list[ChunkStore] = []
 
         def work() -> None:
-            opened.append(ChunkStore.open(where, key, version=VERSION, now=_utc_now))
+            opened.append(ChunkStore.open(where, key, version=VERSION, now=_utc_now, remote=remote))
 
         # A signer that was killed may still hold the lock for a moment.
         while not opened:
@@ -252,14 +263,15 @@ class Signer:
         except TryAgain:
             return False
 
-    async def _durable(self, work: Callable[[], None]) -> None:
-        """Do file work in a thread; while the disk refuses, say so and try again.
+    async def _durable(self, work: Callable[[], T]) -> T:
+        """Do file work in a thread, one at a time; while the disk refuses, say so and try again.
 
         Raises `TryAgain` when it still refuses as the time to stop runs out.
         """
         while True:
             try:
-                await anyio.to_thread.run_sync(work)
+                async with self._alone:
+                    result = await anyio.to_thread.run_sync(work)
             except OSError as e:
                 self._fail(f"{e.filename or 'evidence'}: {e.strerror}")
                 if anyio.current_time() > self._stop_by:
@@ -269,7 +281,7 @@ class Signer:
                 if self._state != "ok":
                     self._log.info("writing evidence")
                 self._state, self._reason = "ok", ""
-                return
+                return result
 
     def _fail(self, reason: str) -> None:
         if self._reason != reason:
@@ -294,6 +306,7 @@ class Signer:
             metrics.LINES_TOTAL: self._lines,
             metrics.BATCHES_TOTAL: self._batches,
             **{metrics.key(metrics.DROPS_TOTAL, cause=c): n for c, n in self._found_lost.items()},
+            **self._outbound.metrics(),
         }
         self._detail |= {
             "chain_id": store.chain_id,
@@ -308,6 +321,9 @@ class Signer:
         }
 
     def _beat(self) -> Beat:
+        outside = self._outbound.reason()
+        # The evidence is safe while the way out is blocked: that is less than well, and no failure.
+        state = "degraded" if outside and self._state == "ok" else self._state
         return Beat(
             SERVICE,
             self._instance,
@@ -316,11 +332,11 @@ class Signer:
             VERSION,
             time.time(),
             self._started_at,
-            self._state,
-            self._reason,
+            state,
+            self._reason or outside,
             {**self._metrics, metrics.SIGN_LAG_BATCHES: self._bus_lag},
             {metrics.DURABLE_LATENCY_SECONDS: self._latency},
-            {**self._detail, "last_error": self._last_error},
+            {**self._detail, "signing": self._outbound.describe(self._key), "last_error": self._last_error},
         )
 
 

@@ -18,7 +18,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from stella_shared.errors import StellaError
 from stella_shared.evidence import dsse, keys
 from stella_shared.evidence.transparency import certificate as certificates
 from stella_shared.evidence.transparency import timestamp
@@ -142,7 +141,5 @@ def _ambient() -> str | None:
 
     try:
         return detect_credential()
-    except StellaError:
-        raise
     except Exception as e:  # each platform's detector raises its own
         raise Later(f"the platform's ambient credential: {e}") from None

@@ -34,11 +34,21 @@ class TrustedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     not_after: str = ""
 
 
-class TrustedKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrustedIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A keyless identity that counts: the certificate's subject, and who vouched for it."""
+
+    subject: str
+    issuer: str
+    not_before: str
+    not_after: str = ""
+
+
+class TrustedKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The JSON of `trusted.json`."""
 
     format: int
     keys: list[TrustedKey]
+    identities: list[TrustedIdentity] = []
 
 
 def key_id(key: ec.EllipticCurvePublicKey) -> str:
@@ -122,11 +132,16 @@ def load_local_key(state_directory: Path) -> ec.EllipticCurvePrivateKey:
 
 def load_trusted(state_directory: Path) -> dict[str, TrustedKey]:
     """Return the trusted keys by id; {} when there is no list.  Raises `ConfigError` for a broken list."""
+    return {key.key_id: key for key in load_trust(state_directory).keys}
+
+
+def load_trust(state_directory: Path) -> TrustedKeys:
+    """Return who is trusted here: nobody when there is no list.  Raises `ConfigError` for a broken list."""
     path = state_directory / "keys" / TRUSTED
     try:
-        listed = canonical.loads(path.read_bytes(), TrustedKeys)
+        return canonical.loads(path.read_bytes(), TrustedKeys)
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return TrustedKeys(1, [])
     except PermissionError as e:
         raise NotPermitted(
             f"{path}: {e.strerror}", hint="run as the owner of the state directory, or name a key: --key sha256:<id>"
@@ -135,10 +150,8 @@ def load_trusted(state_directory: Path) -> dict[str, TrustedKey]:
         raise ConfigError(
             f"{path}: {e}", hint="restore it from a backup, or remove it and run: stella signals init"
         ) from None
-    return {key.key_id: key for key in listed.keys}
 
 
-def save_trusted(state_directory: Path, trusted: list[TrustedKey], disk: Disk | None = None) -> None:
-    """Write the list of trusted keys, durably."""
-    path = state_directory / "keys" / TRUSTED
-    (disk or Disk()).put(path, canonical.dumps(TrustedKeys(1, trusted)), 0o600)
+def save_trust(state_directory: Path, trusted: TrustedKeys, disk: Disk | None = None) -> None:
+    """Write the list of those who are trusted, durably."""
+    (disk or Disk()).put(state_directory / "keys" / TRUSTED, canonical.dumps(trusted), 0o600)

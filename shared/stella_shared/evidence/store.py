@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared import clock, config
 from stella_shared.config import Signals
@@ -21,6 +22,7 @@ from stella_shared.errors import ConfigError, NotFound, NotPermitted
 from stella_shared.evidence import canonical, keys, names
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
+from stella_shared.evidence.transparency.certificate import Identity
 
 HEAD = "head.json"
 
@@ -70,7 +72,7 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
     where = places(signals)
     node = config.node_name(signals)
     try:
-        return _initialise(where, node, disk)
+        return _initialise(where, node, disk, local_key=signals.signing.key_id == "local")
     except PermissionError as e:
         raise NotPermitted(
             f"{e.filename or where.evidence}: {e.strerror}",
@@ -83,7 +85,7 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
         ) from None
 
 
-def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
+def _initialise(where: Places, node: str, disk: Disk, *, local_key: bool) -> Initialised:
     for directory, mode in (
         (where.state, 0o700),
         (where.state / "keys", 0o700),
@@ -105,7 +107,8 @@ def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
             f"{where.evidence} is the evidence of node {chain.node!r}, this is {node!r}",
             hint=f"set signals.node to {chain.node}, or choose another signals.output_directory",
         )
-    key_id, new_key = _key(where, disk, has_chunks=bool(chunks))
+    # A key that is somewhere else is made known by the signer, when it first reaches it.
+    key_id, new_key = _key(where, disk, has_chunks=bool(chunks)) if local_key else ("", False)
     new_chain = chain is None
     if chain is None:
         head = read_head(where)
@@ -123,7 +126,6 @@ def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
 
 def _key(where: Places, disk: Disk, *, has_chunks: bool) -> tuple[str, bool]:
     """Make sure of key, public key and trust, in this order, so that a crash in between is completed next time."""
-    trusted = keys.load_trusted(where.state)
     new = False
     try:
         key = keys.load_local_key(where.state)
@@ -135,17 +137,31 @@ def _key(where: Places, disk: Disk, *, has_chunks: bool) -> tuple[str, bool]:
                 "and init again: the new chain names this one as its predecessor",
             ) from None
         key, new = keys.create_local_key(where.state, disk), True
-    identity = keys.key_id(key.public_key())
-    pem, path = keys.public_pem(key.public_key()), where.evidence / names.KEYS / f"{identity}.pem"
+    return trust_key(where, key.public_key(), disk), new
+
+
+def trust_key(where: Places, key: ec.EllipticCurvePublicKey, disk: Disk | None = None) -> str:
+    """Put a signer's public key into the evidence and into the list of trusted ones; return its id."""
+    disk = disk or Disk()
+    identity, pem = keys.key_id(key), keys.public_pem(key)
+    path = where.evidence / names.KEYS / f"{identity}.pem"
     if not path.exists():
         disk.put(path, pem)
     elif path.read_bytes() != pem:
         raise ConfigError(f"{path} is not the key of that name", hint="remove it and run: stella signals init")
-    if identity not in trusted:
-        now = clock.utc_text(time.time_ns())
-        added = keys.TrustedKey(identity, keys.ALGORITHM, now)
-        keys.save_trusted(where.state, [*trusted.values(), added], disk)
-    return identity, new
+    trusted = keys.load_trust(where.state)
+    if identity not in {listed.key_id for listed in trusted.keys}:
+        added = keys.TrustedKey(identity, keys.ALGORITHM, clock.utc_text(time.time_ns()))
+        keys.save_trust(where.state, msgspec.structs.replace(trusted, keys=[*trusted.keys, added]), disk)
+    return identity
+
+
+def trust_identity(where: Places, who: Identity, disk: Disk | None = None) -> None:
+    """Put a keyless signer's identity into the list of trusted ones."""
+    trusted = keys.load_trust(where.state)
+    if (who.subject, who.issuer) not in {(listed.subject, listed.issuer) for listed in trusted.identities}:
+        added = keys.TrustedIdentity(who.subject, who.issuer, clock.utc_text(time.time_ns()))
+        keys.save_trust(where.state, msgspec.structs.replace(trusted, identities=[*trusted.identities, added]), disk)
 
 
 def _names(directory: Path) -> list[str]:
