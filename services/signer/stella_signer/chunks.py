@@ -147,6 +147,8 @@ class ChunkStore:
             raise TryAgain(f"another signer writes to {self._where.evidence}") from None
 
     def _recover(self) -> None:
+        # A rename that an earlier try saw fail may be visible and not durable; a head must not get ahead of it.
+        self._disk.sync_directory(self._where.evidence)
         kinds = self._listing()
         opened = max(kinds, default=0)
         if names.OPEN_DATA in kinds.get(opened, set()) and names.LEDGER in kinds[opened]:
