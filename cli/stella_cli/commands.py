@@ -272,7 +272,7 @@ def test_probes(form: str | None) -> None:
 @click.argument("path", type=click.Path())
 @click.option("--verbose", "-v", is_flag=True, help="Show every chunk and every fault.")
 @_format("text", "json")
-@click.option("--offline", is_flag=True, help="Use no network. This release never does; the flag says so.")
+@click.option("--offline", is_flag=True, help="Use no network. Verification never does; the flag says so.")
 @click.option(
     "--key",
     "keys",
@@ -281,7 +281,29 @@ def test_probes(form: str | None) -> None:
     help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
     "Otherwise the keys this node knows.",
 )
-def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys: tuple[str, ...]) -> int:
+@click.option(
+    "--identity",
+    "identities",
+    multiple=True,
+    nargs=2,
+    metavar="SUBJECT ISSUER",
+    help="A keyless signer to trust: the certificate's subject, and the OIDC issuer. May be repeated.",
+)
+@click.option(
+    "--trusted-root",
+    type=click.Path(dir_okay=False),
+    help="Sigstore trusted_root.json: whose logs and authorities count. Otherwise the one this node used last; "
+    "never one out of the evidence.",
+)
+def verify_chain(
+    path: str,
+    verbose: bool,
+    form: str | None,
+    offline: bool,
+    keys: tuple[str, ...],
+    identities: tuple[tuple[str, str], ...],
+    trusted_root: str | None,
+) -> int:
     """Check evidence: every line, chunk, signature and the chain, and that nothing is unaccounted for.
 
     PATH is an evidence directory or a .tar.gz of one.
@@ -289,17 +311,18 @@ def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys
     \b
     Examples:
       stella signals verify-chain /var/lib/stellaops/evidence/
-      stella signals verify-chain evidence.tar.gz --key signer.pem
+      stella signals verify-chain evidence.tar.gz --key signer.pem --trusted-root trusted_root.json
       stella signals verify-chain /var/lib/stellaops/evidence/ --verbose --format json
     Exit codes: 0 valid, 1 invalid (the output says at which chunk and why), 4 no such path
     """
     from stella_cli import verifying
+    from stella_shared.evidence.transparency.certificate import Identity
 
     return verifying.run(
         Path(path),
         config=_remembered("config"),
         target=_remembered("target"),
-        keys=list(keys),
+        named=verifying.NamedTrust(list(keys), [Identity(*pair) for pair in identities], trusted_root or ""),
         verbose=verbose,
         as_json=form == "json",
     )

@@ -8,20 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import msgspec
 
 from stella_cli import settings
 from stella_shared.errors import NotFound, NotPermitted, UsageError
 from stella_shared.evidence import keys as evidence_keys
 from stella_shared.evidence.report import encode_report, render_text
 from stella_shared.evidence.store import HEAD
-from stella_shared.evidence.verify import verify_chain
+from stella_shared.evidence.transparency.certificate import Identity
+from stella_shared.evidence.transparency.trust import TrustRoot
+from stella_shared.evidence.transparency.trust import parse as parse_root
+from stella_shared.evidence.verify import node_trust, verify_chain
+from stella_shared.evidence.vouching import Trust
 
 
-def run(path: Path, *, config: str | None, target: str | None, keys: list[str], verbose: bool, as_json: bool) -> int:
+def run(path: Path, *, config: str | None, target: str | None, named: NamedTrust, verbose: bool, as_json: bool) -> int:
     """Print the answer about `path`; return the exit code: 0 valid, 1 invalid."""
-    trusted, head = _trust(path, config, target, keys)
+    trust, head = _trust(path, config, target, named)
     with _progress() as progress:
-        report = verify_chain(path, trusted_keys=trusted, head=head, progress=progress)
+        report = verify_chain(path, trust=trust, head=head, progress=progress)
     if as_json:
         sys.stdout.buffer.write(encode_report(report))
     else:
@@ -31,22 +36,50 @@ def run(path: Path, *, config: str | None, target: str | None, keys: list[str], 
     return 0 if report.valid else 1
 
 
-def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) -> tuple[set[str] | None, Path | None]:
-    """Return the keys to trust and the head to compare with; None asks the state beside the evidence."""
-    if keys:
-        return {_key_id(key) for key in keys}, None
+class NamedTrust(msgspec.Struct, frozen=True):
+    """Whom the caller names: keys, identities of keyless signers, a file with a trusted root."""
+
+    keys: list[str] = []
+    identities: list[Identity] = []
+    trusted_root: str = ""
+
+    @property
+    def anybody(self) -> bool:
+        """Whether a signer is named.  A trusted root alone names none."""
+        return bool(self.keys or self.identities)
+
+
+def _trust(path: Path, config: str | None, target: str | None, named: NamedTrust) -> tuple[Trust | None, Path | None]:
+    """Return whom to trust and the head to compare with; None asks the state beside the evidence."""
+    root = _root(named.trusted_root) if named.trusted_root else None
+    if named.anybody:
+        return Trust({_key_id(key): "" for key in named.keys}, frozenset(named.identities), root), None
     chosen = settings.load(config, target)
     own = path.absolute() == Path(chosen.signals.output_directory)
-    beside = path.is_dir() and (path.absolute().parent / "state" / "keys" / evidence_keys.TRUSTED).exists()
-    if beside and not (own and chosen.state != path.absolute().parent / "state"):
+    state = path.absolute().parent / "state"
+    beside = path.is_dir() and (state / "keys" / evidence_keys.TRUSTED).exists()
+    beside = beside and not (own and chosen.state != state)
+    if beside and root is None:
         return None, None
     try:
-        known = set(evidence_keys.load_trusted(chosen.state))
+        known = node_trust(state if beside else chosen.state)
     except NotPermitted:
-        known = set()
+        known = Trust()
+    trust = Trust(known.keys, known.identities, root or known.root)
     # An archive or a copy may well end before this node's newest chunk: only its own directory must not.
-    head = chosen.state / HEAD
-    return (known or None), (head if own and known and head.exists() else None)
+    head = (state if beside else chosen.state) / HEAD
+    return trust, (head if (own or beside) and known.anybody and head.exists() else None)
+
+
+def _root(file: str) -> TrustRoot:
+    try:
+        return parse_root(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise NotFound(f"--trusted-root {file}: no such file") from None
+    except OSError as e:
+        raise NotPermitted(f"--trusted-root {file}: {e.strerror}") from None
+    except ValueError as e:
+        raise UsageError(f"--trusted-root {file}: {e}", hint="it is a Sigstore trusted_root.json") from None
 
 
 def _key_id(text: str) -> str:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stella_shared.errors import BadAnswer, NotFound, StellaError, UsageError
-from stella_shared.evidence import canonical, dsse, names, records, statement
+from stella_shared.evidence import canonical, dsse, records, statement
 from stella_shared.evidence.records import Ledger
 from stella_shared.evidence.report import FAULT_CODES, ChainReport, encode_report, render_text
 from stella_shared.evidence.verify import verify_chain
@@ -385,17 +385,6 @@ def test_a_crash_leaves_temporary_files_and_a_sealed_tail_that_are_no_fault(tmp_
     assert set() == codes(report)
     assert {"left_over", "unsigned"} == {warning.code for warning in report.warnings}
     assert [chunk.status for chunk in report.chunks] == ["VALID_PENDING"] * 3 + ["UNSIGNED"]
-
-
-def test_proofs_beside_a_chunk_are_no_fault(tmp_path: Path) -> None:
-    """Bundle, timestamps and certificate have names of their own; a chunk of nothing else is missing."""
-    node = small_chain(tmp_path)
-    for kind in names.PROOFS:
-        node.file(3, kind).write_bytes(b"{}")
-    assert set() == node.codes()
-    node.open().release()
-    node.file(6, names.BUNDLE).write_bytes(b"{}")
-    assert {"missing"} == {code for code, _ in node.codes()}
 
 
 def test_a_given_head_shows_a_cut_end(tmp_path: Path) -> None:

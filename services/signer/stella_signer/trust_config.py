@@ -19,11 +19,10 @@ import msgspec
 from stella_shared.config import Rekor
 from stella_shared.errors import ConfigError, TryAgain
 from stella_shared.evidence.disk import Disk
+from stella_shared.evidence.store import TRUST, TRUSTED_ROOT
 from stella_shared.evidence.transparency import trust
 from stella_shared.evidence.transparency.trust import TrustRoot
 
-DIRECTORY: Final = "trust"
-TRUSTED_ROOT: Final = "trusted_root.json"
 SIGNING_CONFIG: Final = "signing_config.json"
 _TUF_SIGNING_CONFIG: Final = "signing_config.v0.2.json"
 _MEDIA_TYPE: Final = "application/vnd.dev.sigstore.signingconfig.v0.2+json"
@@ -82,7 +81,7 @@ def load(rekor: Rekor, state: Path, disk: Disk | None = None) -> Services:
     root, signing = _documents(rekor, state)
     services = choose(root, signing, datetime.now(UTC))
     disk = disk or Disk()
-    directory = state / DIRECTORY
+    directory = state / TRUST
     if not directory.is_dir():
         directory.mkdir(mode=0o700, parents=True)
         disk.sync_directory(state)
@@ -96,7 +95,7 @@ def load(rekor: Rekor, state: Path, disk: Disk | None = None) -> Services:
 def _documents(rekor: Rekor, state: Path) -> tuple[bytes, bytes]:
     """Return (trusted root, signing config) as the configured source has them."""
     if rekor.tuf_url:
-        return _from_tuf(rekor, state / DIRECTORY / "tuf")
+        return _from_tuf(rekor, state / TRUST / "tuf")
     if rekor.trust_config:
         data = _read(rekor.trust_config, "signals.rekor.trust_config")
         try:
@@ -192,14 +191,6 @@ def _selected(services: list[Service], how: _Selection, what: str) -> list[Servi
         raise ConfigError(f"signals.rekor: the signing config asks for {count} {what}, {len(services)} are valid now")
     # ANY: the first is used; the others stand in for it when it refuses.
     return services if how.selector == "ANY" else services[:count]
-
-
-def stored_root(state: Path) -> bytes | None:
-    """Return the trusted root that the node used last, None when it never had one."""
-    try:
-        return (state / DIRECTORY / TRUSTED_ROOT).read_bytes()
-    except OSError:
-        return None
 
 
 def describe(services: Services) -> dict[str, Any]:

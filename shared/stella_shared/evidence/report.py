@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from stella_shared.evidence.records import Accounting, Predecessor
+from stella_shared.evidence.transparency.certificate import Identity
 
 #: Every fault code, and what it means.
 FAULT_CODES: Final = {
@@ -18,15 +19,18 @@ FAULT_CODES: Final = {
     "forked": "two histories: a link or the head names another statement than the one that is here",
     "spliced": "a statement or a line comes from another chain or another node",
     "unknown_key": "signed with a key that is not trusted",
+    "untrusted_time": "signed with a certificate, and nobody who is trusted says when",
     "bad_signature": "the signature does not fit statement and key",
-    "bundle_mismatch": "statement and chunk do not describe the same thing",
+    "bundle_mismatch": "statement, chunk, log entry or timestamp do not describe the same thing",
     "identity_broken": "produced = recorded + filtered + lost does not hold, or lanes do not continue",
     "malformed": "not of the form that the format demands",
     "not_canonical": "the right value in another text than the canonical one",
     "unsigned": "nothing here is signed",
 }
 
+VALID_LOGGED: Final = "VALID_LOGGED"
 VALID_PENDING: Final = "VALID_PENDING"
+TIME_UNTRUSTED: Final = "TIME_UNTRUSTED"
 INVALID: Final = "INVALID"
 UNTRUSTED_KEY: Final = "UNTRUSTED_KEY"
 UNSIGNED: Final = "UNSIGNED"
@@ -50,7 +54,17 @@ class Warning(msgspec.Struct, frozen=True):
 
 
 class ChunkReport(msgspec.Struct, frozen=True):
-    """One chunk.  `status`: VALID_PENDING (signed, in no log), INVALID, UNTRUSTED_KEY or UNSIGNED."""
+    """One chunk.  `status`:
+
+    VALID_LOGGED    signed by somebody trusted, in a trusted log, at a trusted time
+    VALID_PENDING   signed by somebody trusted, and in no log that is known here
+    TIME_UNTRUSTED  as VALID_LOGGED, but nobody trusted says when
+    UNTRUSTED_KEY   signed by somebody who is not trusted
+    UNSIGNED        closed and not signed yet
+    INVALID         it has a fault
+
+    `logged_by` is the chunk whose log entry vouches for it: itself, or a later one that follows from it.
+    """
 
     index: int
     status: str
@@ -63,6 +77,11 @@ class ChunkReport(msgspec.Struct, frozen=True):
     chunk_sha256: str = ""
     statement_sha256: str = ""
     accounting: Accounting | None = None
+    identity: Identity | None = None
+    trusted_time: str = ""
+    log: str = ""
+    log_index: int | None = None
+    logged_by: int | None = None
 
 
 class OpenChunk(msgspec.Struct, frozen=True):
@@ -99,6 +118,8 @@ class ChainReport(msgspec.Struct, frozen=True):
     open: OpenChunk | None
     head: HeadCheck
     trusted_keys: list[str]
+    trusted_identities: list[Identity]
+    trusted_root_sha256: str
     faults: list[Fault]
     warnings: list[Warning]
 
@@ -106,6 +127,16 @@ class ChainReport(msgspec.Struct, frozen=True):
 def encode_report(report: ChainReport) -> bytes:
     """Return the report as indented JSON with the fields in their declared order, newline at the end."""
     return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
+def _log_line(report: ChainReport, statuses: list[str]) -> str:
+    """Return the line about the transparency log."""
+    own = [chunk for chunk in report.chunks if chunk.log]
+    parts = [f"{statuses.count(VALID_LOGGED)} logged", f"{statuses.count(VALID_PENDING)} pending"]
+    if untrusted := statuses.count(TIME_UNTRUSTED):
+        parts.append(f"{untrusted} at a time nobody vouches for")
+    first, last = own[0], own[-1]
+    return f"  Log: {', '.join(parts)}; {last.log}, entries {first.log_index} to {last.log_index}"
 
 
 _FAULTS_SHOWN = 10
@@ -127,11 +158,15 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
             out.append(f"  Reason: {first.message} ({first.code})")
         if first.hint:
             out.append(f"  Hint: {first.hint}")
-    signed = sum(chunk.status == VALID_PENDING for chunk in report.chunks)
+    statuses = [chunk.status for chunk in report.chunks]
+    logged, pending = statuses.count(VALID_LOGGED), statuses.count(VALID_PENDING)
+    signed = logged + pending + (statuses.count(TIME_UNTRUSTED) if report.valid else 0)
     sums = report.totals
     if report.chain_id:
         out.append(f"  Chain: {report.chain_id} of node {report.node}, since {report.created}")
     out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
+    if any(chunk.log for chunk in report.chunks):
+        out.append(_log_line(report, statuses))
     out.append(
         f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered"
         f" + {sums.lost} lost"
@@ -151,9 +186,12 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
     if verbose:
         out += [f"    filtered {cause}: {n}" for cause, n in sorted(report.filtered_by_cause.items()) if n]
         out += [f"  Trusted key: sha256:{key}" for key in report.trusted_keys]
+        out += [f"  Trusted identity: {who.subject} (by {who.issuer})" for who in report.trusted_identities]
+        if report.trusted_root_sha256:
+            out.append(f"  Trusted root: sha256:{report.trusted_root_sha256}")
         out += [
-            f"  {c.index:06d}  {c.status:<13}  {c.lines:>9} lines  {c.bytes:>11} bytes  {c.close_reason:<8}  "
-            f"{c.start} … {c.end}"
+            f"  {c.index:06d}  {c.status:<14}  {c.lines:>9} lines  {c.bytes:>11} bytes  {c.close_reason:<8}  "
+            f"{c.start} … {c.end}" + (f"  seen {c.trusted_time}" if c.trusted_time else "")
             for c in report.chunks
         ]
     return "\n".join(out) + "\n"

@@ -25,6 +25,9 @@ from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
 from stella_shared.evidence.transparency.certificate import Identity
 
 HEAD = "head.json"
+#: Where in the state directory the signer keeps the trust configuration that it used last.
+TRUST = "trust"
+TRUSTED_ROOT = "trusted_root.json"
 
 
 class Places(msgspec.Struct, frozen=True):

@@ -27,6 +27,11 @@ from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
 from stella_shared.evidence.report import ChainReport, ChunkReport, Fault, HeadCheck, OpenChunk, Warning
 from stella_shared.evidence.statement import Statement
+from stella_shared.evidence.store import TRUST, TRUSTED_ROOT
+from stella_shared.evidence.transparency import bundle, certificate
+from stella_shared.evidence.transparency.certificate import Identity
+from stella_shared.evidence.transparency.trust import parse as parse_root
+from stella_shared.evidence.vouching import Files, Trust, Vouched, earliest, form_code, vouch
 
 MAX_JSON_BYTES: Final = 64 << 20
 _IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
@@ -41,26 +46,30 @@ def verify_chain(
     trusted_keys: set[str] | None = None,
     head: Path | None = None,
     progress: Progress | None = None,
+    trust: Trust | None = None,
 ) -> ChainReport:
     """Return the answer about the evidence in `path`: a directory, or a .tar, .tar.gz or .tgz of one.
 
-    `trusted_keys` are key ids in hex (`sha256:` may stand before).  Without them, and without `head`, the
-    directory `state` beside the evidence is asked; an archive is never asked about its own trust.
+    `trust` says who is believed: keys, identities of keyless signers, a trusted root for logs and authorities;
+    `trusted_keys`, key ids in hex (`sha256:` may stand before), is the short form.  Without either, and without
+    `head`, the directory `state` beside the evidence is asked; an archive is never asked about its own trust.
     `progress(done, total)` is called after each chunk.  Raises `NotFound` when there is nothing at `path`,
     `NotPermitted` when it may not be read, and `BadAnswer` for an archive that cannot be taken apart.
     """
+    if trust is None and trusted_keys is not None:
+        trust = Trust({key.removeprefix("sha256:").lower(): "" for key in trusted_keys})
     if not path.exists():
         raise NotFound(f"no evidence at {path}", hint="name an evidence directory, or a .tar.gz of one")
     try:
         if path.is_dir():
-            return _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress).run()
+            return _Walk(path, path, trust=trust, head=head, strange=[], progress=progress).run()
         if not path.name.endswith(archive.SUFFIXES):
             raise UsageError(f"{path} is neither a directory nor one of {', '.join(archive.SUFFIXES)}")
         with archive.unpacked(path) as inside:
             walk = _Walk(
                 path,
                 inside.directory,
-                trusted=trusted_keys,
+                trust=trust,
                 head=head,
                 strange=inside.strange,
                 progress=progress,
@@ -92,7 +101,7 @@ class _Walk:
         shown: Path,
         directory: Path,
         *,
-        trusted: set[str] | None,
+        trust: Trust | None,
         head: Path | None,
         strange: list[str],
         progress: Progress | None,
@@ -103,7 +112,7 @@ class _Walk:
         self._warnings: list[Warning] = []
         self._progress = progress or (lambda done, total: None)
         state = shown.parent / "state" if shown == directory else None
-        self._trusted = self._trust(trusted, state)
+        self._trust = trust if trust is not None else self._own_trust(state)
         self._head_path = head or (state / "head.json" if state else None)
         self._head_required = head is not None
         self._strange = strange
@@ -115,6 +124,7 @@ class _Walk:
         self._standing: Standing | None = records.standing_after([], [])
         self._at_head: Head | None = None
         self._last_signed = 0
+        self._unjudged = 0
         self._lost: dict[str, int] = {}
         self._filtered: dict[str, int] = {}
 
@@ -126,17 +136,15 @@ class _Walk:
 
     # -- what is trusted, and what is known of the end -------------------------------------------------
 
-    def _trust(self, given: set[str] | None, state: Path | None) -> dict[str, str]:
-        """Return the trusted key ids with the time after which they count no more ("" for none)."""
-        if given is not None:
-            return {key.removeprefix("sha256:").lower(): "" for key in given}
+    def _own_trust(self, state: Path | None) -> Trust:
+        """Return whom the state directory beside the evidence trusts."""
         if state is None:
-            return {}
+            return Trust()
         try:
-            return {key.key_id: key.not_after for key in keys.load_trusted(state).values()}
+            return node_trust(state)
         except (NotPermitted, ConfigError) as e:
             self._warn("no_trust", None, str(e))
-            return {}
+            return Trust()
 
     def _read_head(self) -> Head | None:
         if self._head_path is None:
@@ -158,7 +166,7 @@ class _Walk:
         try:
             return canonical.loads(data, Head)
         except ValueError as e:
-            self._fault(_form(e), None, f"{self._head_path}: {e}")
+            self._fault(form_code(e), None, f"{self._head_path}: {e}")
             return None
 
     # -- the directory ---------------------------------------------------------------------------------
@@ -201,7 +209,7 @@ class _Walk:
         except FileNotFoundError:
             self._fault("missing", None, f"{names.CHAIN} is missing")
         except ValueError as e:
-            self._fault(_form(e), None, f"{names.CHAIN}: {e}")
+            self._fault(form_code(e), None, f"{names.CHAIN}: {e}")
 
     def _read_keys(self, listing: dict[str, str]) -> None:
         directory = self._directory / names.KEYS
@@ -218,7 +226,7 @@ class _Walk:
             try:
                 key = keys.load_public(_read(directory / name))
             except ValueError as e:
-                self._fault(_form(e), None, f"{shown}: {e}")
+                self._fault(form_code(e), None, f"{shown}: {e}")
                 continue
             if keys.key_id(key) != identity:
                 self._fault("edited", None, f"{shown} holds another key")
@@ -284,7 +292,8 @@ class _Walk:
         needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
         for kind in sorted(needed - files):
             self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing")
-        stated, statement_sha256, key_id = self._envelope(index) if names.ENVELOPE in files else (None, "", "")
+        signed = names.ENVELOPE in files
+        stated, statement_sha256, vouched = self._envelope(index, files) if signed else (None, "", Vouched())
         ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
         checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
@@ -297,21 +306,12 @@ class _Walk:
             self._identity(index, ledger, checker if data_is_signed else None)
         if unsigned_tail:
             self._warn("unsigned", index, "closed, and not signed yet: nothing vouches for it")
-        clean = len(self._faults) == faults_before
-        status = (
-            report.INVALID
-            if not clean
-            else report.UNSIGNED
-            if unsigned_tail
-            else report.VALID_PENDING
-            if key_id in self._trusted
-            else report.UNTRUSTED_KEY
-        )
-        self._chunks.append(_chunk_report(index, status, ledger, key_id, statement_sha256))
+        status = _status({fault.code for fault in self._faults[faults_before:]}, vouched, signed=not unsigned_tail)
+        self._chunks.append(_chunk_report(index, status, ledger, vouched, statement_sha256))
         if stated is not None:
             self._last_signed = index
             if head is not None and ledger is not None and head.index == index:
-                self._at_head = records.head_of(ledger, statement_sha256, key_id)
+                self._at_head = records.head_of(ledger, statement_sha256, vouched.key_id)
         self._before = _Known(
             index,
             ledger,
@@ -321,35 +321,40 @@ class _Walk:
         )
         self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
 
-    def _envelope(self, index: int) -> tuple[Statement | None, str, str]:
-        """Return (statement, its SHA-256, key id) of a chunk; faults say what does not hold."""
+    def _envelope(self, index: int, files: set[str]) -> tuple[Statement | None, str, Vouched]:
+        """Return (statement, its SHA-256, who vouches for it) of a chunk; faults say what does not hold."""
+
+        def read(kind: str, limit: int) -> bytes | None:
+            return _read(self._directory / names.chunk_file(index, kind), limit) if kind in files else None
+
         name = names.chunk_file(index, names.ENVELOPE)
         try:
-            opened = dsse.open_envelope(_read(self._directory / name, dsse.MAX_ENVELOPE_BYTES))
-        except ValueError as e:
-            self._fault(_form(e), index, f"{name}: {e}")
-            return None, "", ""
-        key = self._keys.get(opened.key_id)
-        if self._trusted and opened.key_id not in self._trusted:
-            self._fault(
-                "unknown_key",
-                index,
-                f"signed with key sha256:{opened.key_id[:64]}, which is not trusted",
-                hint=f"if you know this key: --key sha256:{opened.key_id[:64]}",
+            envelope = read(names.ENVELOPE, dsse.MAX_ENVELOPE_BYTES) or b""
+            beside = Files(
+                read(names.CERTIFICATE, certificate.MAX_BYTES),
+                read(names.STAMPS, bundle.MAX_BYTES),
+                read(names.BUNDLE, bundle.MAX_BYTES),
             )
-        if key is None:
-            self._fault("missing", index, f"the public key {opened.key_id[:64]} is not in {names.KEYS}/")
-        elif not keys.signature_holds(key, dsse.pae(dsse.PAYLOAD_TYPE, opened.payload), opened.signature):
-            self._fault("bad_signature", index, "the signature does not fit the statement")
-        try:
-            stated = statement.decode(opened.payload)
         except ValueError as e:
-            self._fault(_form(e), index, f"statement: {e}")
-            return None, "", opened.key_id
-        not_after = self._trusted.get(opened.key_id, "")
-        if not_after and stated.predicate.window.end > not_after:
-            self._fault("unknown_key", index, f"signed after its key was retired ({not_after})")
-        return stated, sha256(opened.payload).hexdigest(), opened.key_id
+            self._fault("malformed", index, f"{name} or what lies beside it: {e}")
+            return None, "", Vouched()
+        stated: Statement | None = None
+        form = ""
+        try:
+            stated = statement.decode(dsse.open_envelope(envelope).payload)
+        except ValueError as e:
+            form = str(e)
+        vouched = vouch(envelope, beside, self._keys, self._trust, stated.predicate.window.end if stated else "")
+        for objection in vouched.objections:
+            self._fault(objection.code, index, objection.message, objection.hint)
+        if stated is None and vouched.payload is not None:
+            self._fault(form_code(form), index, f"statement: {form}")
+        self._unjudged += vouched.unjudged
+        for text in vouched.unknown_times:
+            self._warn("unknown_time", index, text)
+        if vouched.logged and not vouched.times:
+            self._warn("untrusted_time", index, "in the log, but nobody who is trusted says when: only the local clock")
+        return stated, sha256(vouched.payload).hexdigest() if vouched.payload else "", vouched
 
     def _ledger_bytes(self, index: int) -> bytes | None:
         try:
@@ -402,7 +407,7 @@ class _Walk:
         if not ledger_fits:
             self._fault("edited", index, f"{ledger_name} is not what was signed")
         elif form:
-            self._fault(_form(form), index, f"{ledger_name}: {form}")
+            self._fault(form_code(form), index, f"{ledger_name}: {form}")
         if not data_fits:
             self._fault("edited", index, f"{data_name} is not what was signed")
         if ledger is None or not ledger_fits:
@@ -471,7 +476,7 @@ class _Walk:
     def _check_end(self, head: Head | None) -> None:
         if not self._last_signed:
             self._fault("unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts")
-        elif not self._trusted:
+        elif not self._trust.anybody:
             found = sorted({c.key_id for c in self._chunks if c.key_id})
             self._fault(
                 "unknown_key",
@@ -499,7 +504,27 @@ class _Walk:
             else:
                 self._fault("edited", head.index, "the head does not say what its chunk says")
 
+    def _anchor(self) -> None:
+        """Give the chunks before a logged one what it proves of them: it names them by digest, one by one."""
+        anchor: ChunkReport | None = None
+        for i in range(len(self._chunks) - 1, -1, -1):
+            chunk = self._chunks[i]
+            if chunk.status in (report.VALID_LOGGED, report.TIME_UNTRUSTED) and chunk.log:
+                anchor = chunk
+            elif chunk.status == report.VALID_PENDING and anchor is not None:
+                self._chunks[i] = msgspec.structs.replace(chunk, status=anchor.status, logged_by=anchor.index)
+            elif chunk.status != report.VALID_PENDING:
+                anchor = None
+
     def _report(self, opened: OpenChunk | None, head: Head | None) -> ChainReport:
+        self._anchor()
+        if self._unjudged:
+            self._warn(
+                "unjudged",
+                None,
+                f"{self._unjudged} chunks have log entries or timestamps, and no trusted root says "
+                "whose count: name one with --trusted-root",
+            )
         sums = [chunk.accounting for chunk in self._chunks if chunk.accounting]
         chain = self._chain
         faults = sorted(self._faults, key=lambda f: (f.chunk is None, f.chunk or 0))
@@ -524,7 +549,9 @@ class _Walk:
             chunks=self._chunks,
             open=opened,
             head=HeadCheck(str(self._head_path), head.index, head.statement_sha256) if head else HeadCheck(),
-            trusted_keys=sorted(self._trusted),
+            trusted_keys=sorted(self._trust.keys),
+            trusted_identities=sorted(self._trust.identities),
+            trusted_root_sha256=self._trust.root.sha256 if self._trust.root else "",
             faults=faults,
             warnings=self._warnings,
         )
@@ -555,11 +582,6 @@ def _read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     return data
 
 
-def _form(reason: object) -> str:
-    """Return the code of a form fault: the right value in the wrong text, or no such value at all."""
-    return "not_canonical" if str(reason).startswith("not canonical") else "malformed"
-
-
 def _shape(digest: Digest) -> tuple[int, int, str, str]:
     return digest.bytes, digest.lines, digest.merkle_root, digest.sha256
 
@@ -576,19 +598,68 @@ def _context(stated: Statement) -> statement.Context:
     )
 
 
-def _chunk_report(index: int, status: str, ledger: Ledger | None, key_id: str, statement_sha256: str) -> ChunkReport:
-    if ledger is None:
-        return ChunkReport(index, status, key_id=key_id, statement_sha256=statement_sha256)
-    return ChunkReport(
+def _status(codes: set[str], vouched: Vouched, *, signed: bool) -> str:
+    """Return a chunk's status, given the codes of its faults."""
+    if codes == {"untrusted_time"}:
+        return report.TIME_UNTRUSTED
+    if codes == {"unknown_key"}:
+        return report.UNTRUSTED_KEY
+    if codes:
+        return report.INVALID
+    if not signed:
+        return report.UNSIGNED
+    if not vouched.trusted:
+        return report.UNTRUSTED_KEY
+    if not vouched.logged:
+        return report.VALID_PENDING
+    return report.VALID_LOGGED if vouched.times else report.TIME_UNTRUSTED
+
+
+def _chunk_report(
+    index: int, status: str, ledger: Ledger | None, vouched: Vouched, statement_sha256: str
+) -> ChunkReport:
+    logged = vouched.logged[0] if vouched.logged else None
+    who = vouched.identity
+    known = ChunkReport(
         index,
         status,
-        ledger.lines,
-        ledger.bytes,
-        ledger.window.start,
-        ledger.window.end,
-        ledger.close_reason,
-        key_id,
-        ledger.sha256,
-        statement_sha256,
-        records.accounting(ledger),
+        key_id=vouched.key_id,
+        statement_sha256=statement_sha256,
+        identity=who,
+        trusted_time=earliest(vouched.times),
+        log=logged.log if logged else "",
+        log_index=logged.index if logged else None,
+        logged_by=index if logged else None,
+    )
+    if ledger is None:
+        return known
+    return msgspec.structs.replace(
+        known,
+        lines=ledger.lines,
+        bytes=ledger.bytes,
+        start=ledger.window.start,
+        end=ledger.window.end,
+        close_reason=ledger.close_reason,
+        chunk_sha256=ledger.sha256,
+        accounting=records.accounting(ledger),
+    )
+
+
+def node_trust(state: Path) -> Trust:
+    """Return whom a node trusts: its own keys and identities, and the root that it used last.
+
+    Raises `NotPermitted` and `ConfigError` as `keys.load_trust`.
+    """
+    listed = keys.load_trust(state)
+    path = state / TRUST / TRUSTED_ROOT
+    try:
+        root = parse_root(_read(path)) if path.exists() else None
+    except PermissionError as e:
+        raise NotPermitted(f"{path}: {e.strerror}", hint="run as the owner of the state directory") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: {e}", hint="remove it: the signer writes it anew from its configuration") from None
+    return Trust(
+        {key.key_id: key.not_after for key in listed.keys},
+        frozenset(Identity(who.subject, who.issuer) for who in listed.identities),
+        root,
     )
