@@ -49,7 +49,7 @@ class Tsa(Door):
     """Stamps what is posted to `url`, with a certificate of an authority of its own.
 
     `status` is that of a good answer: the RFC's HTTP says 200, Sigstore's authority 201.
-    The switches are those of `Door` (the endpoint is `stamp`), and `wrong_nonce` and `wrong_digest`.
+    The switches are those of `Door` (the endpoint is `stamp`), and `wrong_nonce`, `wrong_digest` and `reject`.
     """
 
     def __init__(self, *, name: str = "test tsa", start: datetime | None = None, end: datetime | None = None) -> None:
@@ -80,6 +80,10 @@ class Tsa(Door):
     def wrong_digest(self, n: int = 1) -> None:
         """Answer the next `n` requests as if they were for other data."""
         self._wrong += ["digest"] * n
+
+    def reject(self, n: int = 1) -> None:
+        """Answer the next `n` requests with a good status and a reply that says no (RFC 3161, 2.4.2)."""
+        self._wrong += ["all"] * n
 
     def trusted_root_tsa(self) -> dict[str, Any]:
         """Return what a trusted_root.json says of this authority under `timestampAuthorities`."""
@@ -177,7 +181,9 @@ def _elements(der: bytes, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _altered(query: bytes, what: str) -> bytes:
-    """Return a TimeStampReq (RFC 3161, 2.4.1) whose nonce or digest differs in one bit."""
+    """Return a TimeStampReq (RFC 3161, 2.4.1) whose nonce or digest differs in one bit, or that is none."""
+    if what == "all":
+        return b"?"
     head = 2 if query[1] < 0x80 else 2 + (query[1] & 0x7F)
     # version, then messageImprint (0x30), reqPolicy or not (0x06), nonce (0x02), certReq (0x01)
     ends = dict(list(_elements(query, head))[1:])
