@@ -9,7 +9,7 @@ CONFIG ?= node/stellaops.yaml
 
 # What Debian must provide to build the native parts, and what the tests run beside.
 BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
-TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl
+TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl softhsm2 strace
 # Node may have come another way than from Debian.
 TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,nodejs npm)
 # The independent Sigstore implementations of the tests.

@@ -296,6 +296,7 @@ def test_probes(form: str | None) -> None:
     "never one out of the evidence.",
 )
 def verify_chain(
+    *,
     path: str,
     verbose: bool,
     form: str | None,
