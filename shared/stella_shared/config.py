@@ -73,9 +73,10 @@ class Rotation(_Section, frozen=True):
     max_age_hours: Annotated[
         float,
         _number(
-            "Age at which the open chunk is closed. Fractions are allowed: 0.001 is 3.6 seconds.",
+            "Age at which the open chunk is closed and signed, empty or not. Fractions are allowed: 0.001 is 3.6 "
+            "seconds. What is not signed yet could still be rewritten by root.",
             unit="hours",
-            ge=0.0001,
+            ge=0.00002,
             le=8760,
         ),
     ] = 1.0

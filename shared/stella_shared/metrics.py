@@ -25,6 +25,7 @@ ENRICH_LATENCY_P99: Final = "stellaops_signals_enrich_latency_p99"
 ENRICH_LATENCY_SECONDS: Final = "stellaops_signals_enrich_latency_seconds"
 KERNEL_TO_LINE_LATENCY_SECONDS: Final = "stellaops_signals_kernel_to_line_latency_seconds"
 DURABLE_LATENCY_SECONDS: Final = "stellaops_signals_durable_latency_seconds"
+SIGNED_LATENCY_SECONDS: Final = "stellaops_signals_signed_latency_seconds"
 CHUNKS_SIGNED: Final = "stellaops_signals_chunks_signed"
 CHUNKS_LOGGED: Final = "stellaops_signals_chunks_logged"
 REKOR_FAILURES: Final = "stellaops_signals_rekor_failures"
@@ -41,6 +42,11 @@ PROBE_ATTACHED: Final = "stellaops_signals_probe_attached"
 #: Upper bounds of every latency histogram, in seconds (`Histogram.with_bounds(*LATENCY_BOUNDS_SECONDS)`).
 LATENCY_BOUNDS_SECONDS: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+#: Those of the time to the signed statement: a chunk may be open for an hour and more.
+SIGNED_BOUNDS_SECONDS: Final = (
+    0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0,
 )  # fmt: skip
 
 
@@ -134,6 +140,14 @@ _METRICS: Final = (
         "histogram",
         "seconds",
         "From the kernel's timestamp of an event to its line being safe on the signer's disk.",
+        ("signer",),
+    ),
+    Metric(
+        SIGNED_LATENCY_SECONDS,
+        "histogram",
+        "seconds",
+        "Time from the drain of the ring buffer to the signed statement, one observation for each line: how long root "
+        "could still rewrite it unseen.",
         ("signer",),
     ),
     Metric(CHUNKS_SIGNED, "counter", "chunks", "Chunks signed.", ("signer",)),

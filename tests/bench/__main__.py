@@ -29,6 +29,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 LATENCIES = {
     "line": "stellaops_signals_kernel_to_line_latency_seconds",
     "durable": "stellaops_signals_durable_latency_seconds",
+    "signed": "stellaops_signals_signed_latency_seconds",
 }
 
 
@@ -82,11 +83,11 @@ def difference(after: Histogram, before: Histogram | None) -> Histogram:
     return Histogram(after.bounds, [a - b for a, b in zip(after.counts, before.counts, strict=True)])
 
 
-def run(program: Path, rate: int, seconds: float, ring: int, enrichers: int) -> dict[str, Any]:
-    """Measure one rate on a fresh node."""
+def run(program: Path, rate: int, seconds: float, ring: int, enrichers: int, **signals: Any) -> dict[str, Any]:
+    """Measure one rate on a fresh node; `signals` are further keys of its configuration."""
     with tempfile.TemporaryDirectory(prefix="stella-bench-") as name:
         folder = Path(name)
-        with running(folder, "bench", ring_buffer_size=ring, enrichers=enrichers, signing={"enabled": True}) as node:
+        with running(folder, "bench", ring_buffer_size=ring, enrichers=enrichers, **signals) as node:
             generate(node, program, 2000, 2000, 64)  # everything is warm and known
             time.sleep(1.5)
             pids = node.pids()

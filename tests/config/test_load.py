@@ -79,7 +79,7 @@ def test_a_disabled_node_cannot_run() -> None:
         ),
         (
             "signals:\n  rotation: {max_age_hours: .nan}\n",
-            "stellaops.yaml:2: signals.rotation.max_age_hours is nan; allowed: a number from 0.0001 to 8760",
+            "stellaops.yaml:2: signals.rotation.max_age_hours is nan; allowed: a number from 2e-05 to 8760",
         ),
         (
             "signals:\n  node: 12\n",

@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -44,6 +45,8 @@ STOP_SECONDS: Final = 20.0
 RETRY_SECONDS: Final = 1.0
 MAX_MESSAGES: Final = 1024
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
+#: Batches whose way to a signature is timed; at the usual pace of commits, hours.
+_MAX_UNSIGNED: Final = 1 << 20
 #: A chunk with more coverage documents than this is closed early.
 MAX_COVERAGES: Final = 256
 
@@ -73,6 +76,9 @@ class Signer:
         self._last_error = ""
         self._patience = Patience()
         self._latency = Histogram.with_bounds(*metrics.LATENCY_BOUNDS_SECONDS)
+        self._signed_latency = Histogram.with_bounds(*metrics.SIGNED_BOUNDS_SECONDS)
+        #: (chunk, drained at, lines) of what is durable and not signed yet.
+        self._unsigned: deque[tuple[int, int, int]] = deque(maxlen=_MAX_UNSIGNED)
         self._metrics: dict[str, float] = {}
         self._detail: dict[str, object] = {}
         self._lines = self._batches = self._refused = self._repeated = 0
@@ -181,10 +187,12 @@ class Signer:
 
     async def _keep(self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event) -> None:
         """Take messages, make them durable, acknowledge them; until stopped and drained, or out of time."""
+        # An idle chunk is closed on time, too.
+        tick = min(TICK_SECONDS, self._signals.rotation.max_age_hours * 3600 / 2)
         while True:
             self._tell(store, intake)
             messages: list[Message] = []
-            with anyio.move_on_after(TICK_SECONDS):
+            with anyio.move_on_after(tick):
                 messages = await work.get(MAX_MESSAGES, LINGER_SECONDS)
             for message in messages:
                 await self._offer(intake, message)
@@ -222,7 +230,7 @@ class Signer:
         await self._durable(functools.partial(store.commit, [*told, *steps], [batch.body for batch in batches]))
         for cause, count in store.account.found_lost.items():
             self._found_lost[cause] = self._found_lost.get(cause, 0) + count - before.get(cause, 0)
-        self._observe(batches)
+        self._observe(batches, store.index)
         for step in steps:
             self._log.warning("waited long enough", extra={"step": repr(step)})
         for batch in batches:
@@ -231,13 +239,21 @@ class Signer:
         for message in intake.drop_settled():
             await message.ack()
 
-    def _observe(self, batches: list[Batch[Message]]) -> None:
+    def _observe(self, batches: list[Batch[Message]], index: int) -> None:
         now = clock.boottime_ns()
         self._batches += len(batches)
         for batch in batches:
             self._lines += batch.step.lines
             if batch.step.lines and batch.drained_ns and batch.step.boot_id == self._boot_id:
                 self._latency.observe(max(0, now - batch.drained_ns) / 1e9, batch.step.lines)
+                self._unsigned.append((index, batch.drained_ns, batch.step.lines))
+
+    def _observe_signed(self, store: ChunkStore) -> None:
+        """Note how long the lines of newly signed chunks have waited for that."""
+        now = clock.boottime_ns()
+        while self._unsigned and self._unsigned[0][0] <= store.last_signed:
+            _, drained_ns, lines = self._unsigned.popleft()
+            self._signed_latency.observe(max(0, now - drained_ns) / 1e9, lines)
 
     def _rotation(self, store: ChunkStore) -> str:
         """Return why the open chunk must close now, or ""."""
@@ -301,6 +317,7 @@ class Signer:
 
     def _tell(self, store: ChunkStore, intake: Intake[Message]) -> None:
         """Note what the next heartbeat says; called only while no thread works on the store."""
+        self._observe_signed(store)
         self._metrics = {
             metrics.CHUNKS_SIGNED: store.chunks_signed,
             metrics.LINES_TOTAL: self._lines,
@@ -335,7 +352,7 @@ class Signer:
             state,
             self._reason or outside,
             {**self._metrics, metrics.SIGN_LAG_BATCHES: self._bus_lag},
-            {metrics.DURABLE_LATENCY_SECONDS: self._latency},
+            {metrics.DURABLE_LATENCY_SECONDS: self._latency, metrics.SIGNED_LATENCY_SECONDS: self._signed_latency},
             {**self._detail, "signing": self._outbound.describe(self._key), "last_error": self._last_error},
         )
 

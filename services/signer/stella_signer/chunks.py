@@ -90,6 +90,11 @@ class ChunkStore:
         """SHA-256 of the newest signed statement, "" before the first."""
         return self._signed.statement_sha256 if self._signed else ""
 
+    @property
+    def last_signed(self) -> int:
+        """The newest signed chunk's index, 0 before the first."""
+        return self._signed.index if self._signed else 0
+
     def is_settled(self, run: str, number: int) -> bool:
         """Return whether batch `number` of `run` is in the evidence, or is counted as lost for good."""
         return self.account.is_settled(run, number)
