@@ -11,7 +11,7 @@ CONFIG ?= node/stellaops.yaml
 BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
 TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl
 
-.PHONY: up demo install test lint check bench reference lock clean system-build system-test
+.PHONY: up demo install test lint check bench bench-verify reference lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -63,6 +63,9 @@ test: install system-test lint
 
 bench: install
 	$(BIN)/python -m tests.bench
+
+bench-verify: install
+	$(BIN)/python -m tests.bench.verify
 
 reference: install
 	$(BIN)/python -m stella_cli.reference docs/reference
