@@ -28,6 +28,7 @@ class NativeParts(BuildHookInterface):  # type: ignore[type-arg]
                 "services/collector/stella_collector/native/libbpf.so.1",
                 "services/enricher/stella_enricher/native/lines.so",
                 "shared/stella_shared/evidence/native/merkle.so",
+                "shared/stella_shared/evidence/native/lines.so",
             )
         ]
         if not all(path.exists() for path in wanted):

@@ -61,6 +61,8 @@ def line(node: str, lane: int, seq: int, run: str = RUN, boot: str = BOOT) -> by
 class Source:
     """One run's batches, as a collector and an enricher would make them."""
 
+    line = staticmethod(line)
+
     def __init__(self, node: str, run: str = RUN, boot: str = BOOT, since_ns: int = 1000) -> None:
         self.node, self.run, self.boot = node, run, boot
         self.number = 0
@@ -84,7 +86,7 @@ class Source:
             first = self.at.get(lane, 0)
             extra_filtered, extra_lost = (filtered, lost) if i == 0 else (0, 0)
             after = first + count + extra_filtered + extra_lost
-            body += b"".join(line(self.node, lane, first + n, self.run, self.boot) for n in range(count))
+            body += b"".join(self.line(self.node, lane, first + n, self.run, self.boot) for n in range(count))
             rows.append(LaneRow(lane, first, after, count, extra_filtered, extra_lost))
             self.at[lane] = after
         ledger = BatchLedger(

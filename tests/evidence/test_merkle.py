@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from hashlib import sha256
 
 import pytest
@@ -41,22 +42,36 @@ def naive_root(lines: list[bytes]) -> bytes:
     return sha256(b"\1" + naive_root(lines[:k]) + naive_root(lines[k:])).digest()
 
 
-def test_the_shared_vectors_hold() -> None:
+#: In Python and in C.
+both = pytest.mark.parametrize("frontier", [merkle.Frontier, merkle.frontier])
+
+
+@both
+def test_the_shared_vectors_hold(frontier: Callable[[], merkle.Frontier]) -> None:
     """The frontier's roots are those of RFC 6962 implementations elsewhere."""
-    tree = merkle.Frontier()
+    tree = frontier()
     for leaf, root in zip(_LEAVES, _ROOTS, strict=True):
         tree.add(merkle.leaves([leaf]))
         assert root == tree.root().hex()
 
 
-@given(st.lists(st.binary(max_size=8), max_size=130), st.lists(st.integers(0, 40), max_size=8))
-def test_any_cut_of_the_lines_gives_the_recursive_root(lines: list[bytes], cuts: list[int]) -> None:
-    """Added in pieces of any size, lines give the root of the definition."""
-    tree = merkle.Frontier()
+@both
+@given(lines=st.lists(st.binary(max_size=8), max_size=130), cuts=st.lists(st.integers(0, 40), max_size=8))
+def test_any_cut_of_the_lines_gives_the_recursive_root(
+    frontier: Callable[[], merkle.Frontier], lines: list[bytes], cuts: list[int]
+) -> None:
+    """Added in pieces of any size, in each of the three ways, lines give the root of the definition."""
+    tree = frontier()
+    lines = [line.replace(b"\n", b" ") for line in lines]
     rest = list(lines)
-    for cut in [*cuts, len(rest)]:
-        tree.add(merkle.leaves(rest[:cut]))
-        rest = rest[cut:]
+    for way, cut in enumerate([*cuts, len(rest)]):
+        part, rest = rest[:cut], rest[cut:]
+        if way % 3 == 0:
+            tree.add(merkle.leaves(part))
+        elif way % 3 == 1:
+            tree.add_packed(bytearray(b"".join(merkle.leaves(part))), len(part))
+        else:
+            assert len(part) == tree.add_lines(b"".join(line + b"\n" for line in part))
     assert naive_root(lines) == tree.root()
     assert len(lines) == tree.size
 

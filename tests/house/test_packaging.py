@@ -41,6 +41,7 @@ def test_a_wheel_puts_exactly_six_names_into_site_packages(tmp_path: Path) -> No
         "stella_collector/native/libbpf.so.1",
         "stella_enricher/native/lines.so",
         "stella_shared/evidence/native/merkle.so",
+        "stella_shared/evidence/native/lines.so",
     ):
         assert native in names
     assert "stella_collector/demo.ring" in names

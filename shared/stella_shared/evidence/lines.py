@@ -1,17 +1,19 @@
-"""Streams the lines of a chunk and checks them against its ledger, in bounded memory."""
+"""The lines of a chunk held against its ledger, one by one.
+
+Python's verdict is the verdict.  `lines.c` takes those lines off it that are beyond doubt (`LineChecker.table`).
+"""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
-from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from stella_shared.evidence import canonical, merkle
+from stella_shared.evidence import canonical, native_lines
+from stella_shared.evidence.lane_numbers import NUMBER_MAX, LaneNumbers, LaneRange
+from stella_shared.evidence.native_lines import RunRow
 from stella_shared.evidence.records import Ledger
 from stella_shared.wire import LANE_KINDS, UPROBE_KIND
 
@@ -37,34 +39,6 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-class Reader:
-    """Splits blocks into lines and digests them on the way.
-
-    Raises `ValueError` for a line over `MAX_LINE_BYTES`.
-    """
-
-    def __init__(self) -> None:
-        self._hash = sha256()
-        self._tree = merkle.frontier()
-        self._rest = b""
-        self._bytes = 0
-
-    def take(self, block: bytes) -> list[bytes]:
-        """Return the lines that `block` completes."""
-        self._hash.update(block)
-        self._bytes += len(block)
-        lines = (self._rest + block).split(b"\n")
-        self._rest = lines.pop()
-        if len(self._rest) > MAX_LINE_BYTES:
-            raise ValueError(f"line {self._tree.size + len(lines) + 1} is over {MAX_LINE_BYTES} bytes")
-        self._tree.add(merkle.leaves(lines))
-        return lines
-
-    def digest(self) -> Digest:
-        """Return what was read so far."""
-        return Digest(self._bytes, self._tree.size, self._hash.hexdigest(), self._tree.root().hex(), not self._rest)
-
-
 class LineFault(msgspec.Struct, frozen=True):
     """A line that is not what the ledger says.  `code` is one of `report.FAULT_CODES`."""
 
@@ -78,64 +52,82 @@ class LineChecker:
     def __init__(self, ledger: Ledger, node: str) -> None:
         self._node = node
         self._runs = {run.run: run for run in ledger.runs}
-        self._ranges = {(run.run, row.lane): (row.first, row.next) for run in ledger.runs for row in run.lanes}
-        self._numbers: dict[tuple[str, int], array[int]] = {place: array("Q") for place in self._ranges}
-        self._line = 0
+        rows = {(run.run, row.lane): row for run in ledger.runs for row in run.lanes}
+        order = sorted(rows, key=lambda place: (native_lines.text(place[0]), place[1]))
+        # The uprobe lane settles by count: a preempted program's smaller number may come a chunk later.
+        self._ranges = {
+            place: LaneRange(
+                row.lane,
+                row.first,
+                row.next,
+                row.recorded,
+                row.lane % LANE_KINDS != UPROBE_KIND or row.first == row.next,
+            )
+            for place in order
+            for row in (rows[place],)
+        }
+        self._lanes = {place: index for index, place in enumerate(order)}
+        self.numbers = LaneNumbers(list(self._ranges.values()))
         self._faults: list[LineFault] = []
+
+    def table(self) -> native_lines.Table | None:
+        """Return what `lines.c` holds lines against, or None where it was not built."""
+        lib = native_lines.library()
+        if lib is None:
+            return None
+        runs: dict[str, RunRow] = {}
+        for (name, _), index in self._lanes.items():
+            row = runs.get(name) or RunRow(name, self._runs[name].boot_id, index, 0)
+            runs[name] = RunRow(name, row.boot_id, row.lanes_at, row.lanes + 1)
+        return native_lines.Table(lib, self._node, list(runs.values()), self.numbers.lanes)
 
     def _fault(self, code: str, message: str) -> None:
         if len(self._faults) < _FAULTS_MAX:
             self._faults.append(LineFault(code, message))
 
-    def check(self, lines: list[bytes]) -> None:
-        """Check the next lines of the chunk."""
-        decode = msgspec.json.Decoder().decode
-        for line in lines:
-            self._line += 1
-            try:
-                event = decode(line)
-            except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
-                self._fault("malformed", f"line {self._line}: {e}")
-                continue
-            if not isinstance(event, dict):
-                self._fault("malformed", f"line {self._line} is no JSON object")
-                continue
-            if not canonical.line_is_canonical(line, event):
-                self._fault("not_canonical", f"line {self._line} is not canonical JSON")
-            self._place(event)
+    def judge(self, number: int, line: bytes) -> None:
+        """Check one line of the chunk; `number` counts from 1."""
+        try:
+            event = msgspec.json.decode(line)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
+            self._fault("malformed", f"line {number}: {e}")
+            return
+        if not isinstance(event, dict):
+            self._fault("malformed", f"line {number} is no JSON object")
+            return
+        if not canonical.line_is_canonical(line, event):
+            self._fault("not_canonical", f"line {number} is not canonical JSON")
+        self._place(number, event)
 
-    def _place(self, event: dict[str, Any]) -> None:
-        name, lane, number = event.get("run"), event.get("lane"), event.get("seq")
-        if type(name) is not str or type(lane) is not int or type(number) is not int:
-            self._fault("malformed", f"line {self._line} has no run, lane and seq")
+    def _place(self, number: int, event: dict[str, Any]) -> None:
+        name, lane, seq = event.get("run"), event.get("lane"), event.get("seq")
+        if type(name) is not str or type(lane) is not int or type(seq) is not int:
+            self._fault("malformed", f"line {number} has no run, lane and seq")
             return
         run = self._runs.get(name)
         if run is None:
-            self._fault("spliced", f"line {self._line} is of run {name}, which the ledger does not know")
+            self._fault("spliced", f"line {number} is of run {name}, which the ledger does not know")
             return
         if event.get("node") != self._node or event.get("boot_id") != run.boot_id:
             node, boot = event.get("node"), event.get("boot_id")
-            self._fault("spliced", f"line {self._line} is of node {node!r}, boot {boot!r}")
-        first, after = self._ranges.get((name, lane), (0, 0))
-        # The uprobe lane settles by count: a preempted program's smaller number may come a chunk later.
-        ordered = lane % LANE_KINDS != UPROBE_KIND or first == after
-        if ordered and not first <= number < after:
-            self._fault("identity_broken", f"line {self._line}: lane {lane} seq {number} is outside [{first}, {after})")
+            self._fault("spliced", f"line {number} is of node {node!r}, boot {boot!r}")
+        row = self._ranges.get((name, lane))
+        first, after = (row.first, row.next) if row else (0, 0)
+        if row is None or (row.ordered and not first <= seq < after) or not 0 <= seq <= NUMBER_MAX:
+            self._fault("identity_broken", f"line {number}: lane {lane} seq {seq} is outside [{first}, {after})")
             return
-        self._numbers[name, lane].append(number)
+        self.numbers.add(self._lanes[name, lane], seq)
 
     def finish(self) -> list[LineFault]:
         """Return all faults, after counting each lane's numbers."""
         for run in self._runs.values():
             for row in run.lanes:
-                numbers = self._numbers[run.run, row.lane]
+                lane = self._lanes[run.run, row.lane]
+                count = self.numbers.count(lane)
                 here = f"run {run.run} lane {row.lane}"
-                if len(numbers) != row.recorded:
-                    self._fault(
-                        "identity_broken", f"{here}: {row.recorded} recorded, but {len(numbers)} lines are here"
-                    )
-                ordered = sorted(numbers)
-                twice = next((a for a, b in pairwise(ordered) if a == b), None)
+                if count != row.recorded:
+                    self._fault("identity_broken", f"{here}: {row.recorded} recorded, but {count} lines are here")
+                twice = self.numbers.twice(lane)
                 if twice is not None:
                     self._fault("identity_broken", f"{here} seq {twice} is recorded twice")
         return self._faults

@@ -43,26 +43,51 @@ static void append(struct frontier *f, const uint8_t leaf[32])
 	f->size++;
 }
 
+static void leaf(const uint8_t *line, size_t length, uint8_t out[32])
+{
+	static const uint8_t prefix = 0;
+	SHA256_CTX c;
+	SHA256_Init(&c);
+	SHA256_Update(&c, &prefix, 1);
+	SHA256_Update(&c, line, length);
+	SHA256_Final(out, &c);
+}
+
 /* Append every line of `data`, which ends with a newline or is empty. Return how many there were. */
 uint64_t stella_merkle_add_lines(struct frontier *f, const uint8_t *data, uint64_t length)
 {
-	static const uint8_t leaf_prefix = 0;
 	const uint8_t *end = data + length;
 	uint64_t lines = 0;
 	while (data < end) {
 		const uint8_t *newline = memchr(data, '\n', end - data);
 		if (!newline)
 			break;
-		uint8_t leaf[32];
-		SHA256_CTX c;
-		SHA256_Init(&c);
-		SHA256_Update(&c, &leaf_prefix, 1);
-		SHA256_Update(&c, data, newline - data);
-		SHA256_Final(leaf, &c);
-		append(f, leaf);
+		uint8_t hash[32];
+		leaf(data, newline - data, hash);
+		append(f, hash);
 		data = newline + 1;
 		lines++;
 	}
+	return lines;
+}
+
+/*
+ * Put the leaf hashes of the first `max` lines of `data` to `out`, back to back. Return how many there were, and in
+ * `consumed` how many bytes these lines were.
+ */
+uint64_t stella_merkle_leaves(const uint8_t *data, uint64_t length, uint64_t max, uint8_t *out, uint64_t *consumed)
+{
+	const uint8_t *p = data, *end = data + length;
+	uint64_t lines = 0;
+	while (lines < max && p < end) {
+		const uint8_t *newline = memchr(p, '\n', end - p);
+		if (!newline)
+			break;
+		leaf(p, newline - p, out + lines * 32);
+		p = newline + 1;
+		lines++;
+	}
+	*consumed = p - data;
 	return lines;
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, byref, c_char_p, c_uint8, c_uint64
+from ctypes import POINTER, byref, c_char_p, c_uint8, c_uint64, c_void_p
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +55,10 @@ class Frontier:
             new = [sha256(b"\1" + left + right).digest() for left, right in zip(pairs, pairs, strict=True)]
             level += 1
 
+    def add_packed(self, hashes: bytearray, count: int) -> None:
+        """Append the first `count` of the leaf hashes that stand back to back in `hashes`."""
+        self.add([bytes(hashes[at : at + 32]) for at in range(0, 32 * count, 32)])
+
     def add_lines(self, data: bytes) -> int:
         """Append every line of `data`, which ends with a newline or is empty; return how many there were."""
         lines = data.split(b"\n")
@@ -77,7 +81,8 @@ class _State(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """Return the functions of `merkle.c`, or None where they were not built."""
     try:
         lib = ctypes.CDLL(str(NATIVE))
     except OSError:
@@ -87,7 +92,9 @@ def _library() -> ctypes.CDLL | None:
     lib.stella_merkle_count_lines.restype = c_uint64
     lib.stella_merkle_count_lines.argtypes = (c_char_p, c_uint64)
     lib.stella_merkle_add.restype = None
-    lib.stella_merkle_add.argtypes = (POINTER(_State), c_char_p, c_uint64)
+    lib.stella_merkle_add.argtypes = (POINTER(_State), c_void_p, c_uint64)
+    lib.stella_merkle_leaves.restype = c_uint64
+    lib.stella_merkle_leaves.argtypes = (c_void_p, c_uint64, c_uint64, c_void_p, POINTER(c_uint64))
     return lib
 
 
@@ -104,6 +111,11 @@ class NativeFrontier(Frontier):
     def add(self, new: Sequence[bytes]) -> None:
         """Append leaf hashes."""
         self._lib.stella_merkle_add(byref(self._state), b"".join(new), len(new))
+        self._fold()
+
+    def add_packed(self, hashes: bytearray, count: int) -> None:
+        """Append the first `count` of the leaf hashes that stand back to back in `hashes`."""
+        self._lib.stella_merkle_add(byref(self._state), (c_uint8 * len(hashes)).from_buffer(hashes), count)
         self._fold()
 
     def add_lines(self, data: bytes) -> int:
@@ -125,11 +137,11 @@ class NativeFrontier(Frontier):
 
 def frontier() -> Frontier:
     """Return an empty frontier, the fastest there is."""
-    lib = _library()
+    lib = library()
     return Frontier() if lib is None else NativeFrontier(lib)
 
 
 def count_lines(data: bytes) -> int:
     """Return how many newlines `data` holds."""
-    lib = _library()
+    lib = library()
     return data.count(b"\n") if lib is None else int(lib.stella_merkle_count_lines(data, len(data)))

@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted, UsageError
 from stella_shared.evidence import archive, canonical, dsse, keys, names, records, report, statement
+from stella_shared.evidence.chunk_reader import ChunkReader
 from stella_shared.evidence.disk import TMP_SUFFIX
-from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
+from stella_shared.evidence.lines import Digest, LineChecker
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
 from stella_shared.evidence.report import ChainReport, ChunkReport, Fault, HeadCheck, OpenChunk, Warning
 from stella_shared.evidence.statement import Statement
@@ -53,8 +54,8 @@ def verify_chain(
     `trust` says who is believed: keys, identities of keyless signers, a trusted root for logs and authorities;
     `trusted_keys`, key ids in hex (`sha256:` may stand before), is the short form.  Without either, and without
     `head`, the directory `state` beside the evidence is asked; an archive is never asked about its own trust.
-    `progress(done, total)` is called after each chunk.  Raises `NotFound` when there is nothing at `path`,
-    `NotPermitted` when it may not be read, and `BadAnswer` for an archive that cannot be taken apart.
+    `progress(done, total)` is called with bytes as chunks are read.  Raises `NotFound` when there is nothing
+    at `path`, `NotPermitted` when it may not be read, and `BadAnswer` for an archive that cannot be taken apart.
     """
     if trust is None and trusted_keys is not None:
         trust = Trust({key.removeprefix("sha256:").lower(): "" for key in trusted_keys})
@@ -127,6 +128,7 @@ class _Walk:
         self._unjudged = 0
         self._lost: dict[str, int] = {}
         self._filtered: dict[str, int] = {}
+        self._bytes_done = self._bytes_total = 0
 
     def _fault(self, code: str, chunk: int | None, message: str, hint: str = "") -> None:
         self._faults.append(Fault(code, chunk, message, hint))
@@ -181,7 +183,8 @@ class _Walk:
             self._fault("inserted", None, f"{name} is no file of an evidence directory")
         kinds = self._chunk_files(listing)
         opened = self._open_chunk(kinds)
-        self._walk(kinds, head)
+        with ChunkReader() as self._reader:
+            self._walk(kinds, head)
         self._check_end(head)
         return self._report(opened, head)
 
@@ -278,14 +281,26 @@ class _Walk:
     def _walk(self, kinds: dict[int, set[str]], head: Head | None) -> None:
         last_enveloped = max((i for i, files in kinds.items() if names.ENVELOPE in files), default=0)
         expected = names.FIRST_INDEX
-        for done, index in enumerate(sorted(kinds), 1):
+        self._bytes_total = self._data_bytes(kinds)
+        self._progress(0, self._bytes_total)
+        for index in sorted(kinds):
             if index != expected:
                 span = f"chunk {expected} is" if index == expected + 1 else f"chunks {expected} to {index - 1} are"
                 self._fault("missing", expected, f"{span} missing")
                 self._before = self._standing = None
             self._chunk(index, kinds[index], unsigned_tail=index > last_enveloped, head=head)
             expected = index + 1
-            self._progress(done, len(kinds))
+
+    def _data_bytes(self, kinds: dict[int, set[str]]) -> int:
+        total = 0
+        for index in kinds:
+            with contextlib.suppress(FileNotFoundError):
+                total += (self._directory / names.chunk_file(index, names.DATA)).stat().st_size
+        return total
+
+    def _count(self, size: int) -> None:
+        self._bytes_done += size
+        self._progress(self._bytes_done, self._bytes_total)
 
     def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Head | None) -> None:
         faults_before = len(self._faults)
@@ -374,16 +389,11 @@ class _Walk:
             return None, digest, str(e)
 
     def _digest(self, index: int, checker: LineChecker | None) -> Digest | None:
-        reader = Reader()
         try:
-            for block in blocks(self._directory / names.chunk_file(index, names.DATA)):
-                lines = reader.take(block)
-                if checker is not None:
-                    checker.check(lines)
+            return self._reader.read(self._directory / names.chunk_file(index, names.DATA), checker, self._count)
         except ValueError as e:
             self._fault("malformed", index, str(e))
             return None
-        return reader.digest()
 
     def _compare(
         self,
