@@ -33,12 +33,14 @@ def run(given: str | None, output_directory: str | None) -> None:
     made = initialise(chosen.signals)
     click.echo(f"evidence       {made.evidence}{' (new chain)' if made.new_chain else ''}")
     click.echo(f"state          {made.state}")
-    click.echo(f"signing key    sha256:{made.key_id}{' (new)' if made.new_key else ''}")
+    if made.key_id:
+        click.echo(f"signing key    sha256:{made.key_id}{' (new)' if made.new_key else ''}")
+        keep = "Keep the key's fingerprint in another place: it is how others know this node's evidence."
+    else:
+        click.echo(f"signing key    {chosen.signals.signing.key_id} (elsewhere)")
+        keep = "`stella signer status` shows the running node's key or identity: it is how others know its evidence."
     flags = f" --config {named}" if named else (f" --target {output_directory}" if output_directory else "")
-    click.echo(
-        "\nKeep the key's fingerprint in another place: it is how others know this node's evidence.\n"
-        f"Next: sudo stella signals start{flags}"
-    )
+    click.echo(f"\n{keep}\nNext: sudo stella signals start{flags}")
 
 
 def write_config(path: Path, output_directory: str) -> None:

@@ -206,12 +206,14 @@ class _Foreground:
     def _banner(self) -> list[str]:
         plan = self._plan
         trusted = keys.load_trusted(plan.state)
-        key = next((k.key_id for k in trusted.values() if not k.not_after), "")
+        key = next((f"sha256:{k.key_id}" for k in trusted.values() if not k.not_after), "")
+        if plan.signals.signing.key_id != "local":
+            key = f"{plan.signals.signing.key_id} (stella signer status shows whose)"
         found = [
             f"node {config.node_name(plan.signals)} runs (pid {os.getpid()})",
             f"  evidence  {plan.signals.output_directory}",
             f"  gateway   {plan.gateway_url or 'off (signals.metrics.enabled is false)'}",
-            f"  key       {f'sha256:{key}' if key else 'none'}",
+            f"  key       {key or 'none'}",
         ]
         collector = self._supervisor.part("collector")
         beat = collector.beat if collector else None

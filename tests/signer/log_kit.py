@@ -25,20 +25,23 @@ from stella_signer.trust_config import Services
 
 
 class Surroundings:
-    """What a signer talks to: a log of one API version, and timestamp authorities."""
+    """What a signer talks to: a log of one API version, and timestamp authorities; `others` add their logs."""
 
-    def __init__(self, log: LogStandin, tsas: list[Tsa], version: int) -> None:
-        self.log, self.tsas, self.version = log, tsas, version
+    def __init__(self, log: LogStandin, tsas: list[Tsa], version: int, selector: str = "ALL") -> None:
+        self.log, self.tsas, self.version, self.selector = log, tsas, version, selector
+        self.others: list[Surroundings] = []
 
     def documents(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (trusted root, signing config)."""
+        logs = [self, *self.others]
         root = trust.trusted_root(
-            tlogs=self.log.trusted_root_tlogs(), tsas=[tsa.trusted_root_tsa() for tsa in self.tsas]
+            tlogs=[tlog for around in logs for tlog in around.log.trusted_root_tlogs()],
+            tsas=[tsa.trusted_root_tsa() for tsa in self.tsas],
         )
         config = trust.signing_config(
-            rekor=[trust.service(self.log.url, self.version)],
+            rekor=[trust.service(around.log.url, around.version, str(i)) for i, around in enumerate(logs)],
             tsas=[trust.service(tsa.url, operator=str(i)) for i, tsa in enumerate(self.tsas)],
-            selector="ALL",
+            selector=self.selector,
         )
         return root, config
 
@@ -55,11 +58,12 @@ class Surroundings:
 
 
 @contextlib.contextmanager
-def surroundings(version: int, tsas: int = 1, **log: Any) -> Iterator[Surroundings]:
+def surroundings(version: int, tsas: int = 1, selector: str = "ALL", **log: Any) -> Iterator[Surroundings]:
     """Give a log with `tsas` timestamp authorities, all on loopback."""
     with contextlib.ExitStack() as stack:
         standin = stack.enter_context(LogStandin(**log))
-        yield Surroundings(standin, [stack.enter_context(Tsa(name=f"tsa {n}")) for n in range(tsas)], version)
+        stamping = [stack.enter_context(Tsa(name=f"tsa {n}")) for n in range(tsas)]
+        yield Surroundings(standin, stamping, version, selector)
 
 
 class Queue:

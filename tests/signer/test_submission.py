@@ -217,3 +217,21 @@ async def test_unknown_cosignatures_are_kept_and_passed_over(tmp_path: Path) -> 
         around.log.witness_lines = ["— witness.example/w1 " + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="]
         await queue.round()
         assert b"witness.example" in queue.bundle(1) and queue.proof(1).logged
+
+
+async def test_a_failing_authority_is_stood_in_for(tmp_path: Path) -> None:
+    """With the selector ANY one timestamp is enough, and the next authority gives it when the first does not."""
+    with surroundings(2, tsas=2, selector="ANY") as around:
+        queue = Queue(tmp_path, around)
+        around.tsas[0].down()
+        assert (await queue.round())[0].logged == 4
+        assert len(queue.proof(1).times) == 1
+
+
+async def test_two_logs_give_two_entries(tmp_path: Path) -> None:
+    """With the selector ALL a chunk goes to every log, and its bundle holds and proves each entry."""
+    with surroundings(2) as around, surroundings(1, tsas=0) as other:
+        around.others.append(other)
+        queue = Queue(tmp_path, around)
+        assert (await queue.round())[0].logged == 4
+        assert [e.log for e in queue.proof(2).logged] == [around.log.host, other.log.host]

@@ -70,7 +70,7 @@ class FulcioKey:
         certificate = await self._certificate(key, token)
         envelope = seal(key, payload)
         signature = dsse.open_envelope(envelope).signature
-        stamps = await tsa.stamp(self._outside, self._services.tsas, signature, self._services.root)
+        stamps = await tsa.stamp(self._outside, self._services, signature)
         at = [timestamp.check(response, signature, self._services.root) for response in stamps]
         try:
             certificates.check(certificate, at, self._services.root)

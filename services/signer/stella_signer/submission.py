@@ -247,11 +247,13 @@ class Submitter:
         envelope = self._where.chunk(index, names.ENVELOPE).read_bytes()
         verifier = self.verifier(index)
         stamps = await self._stamps(index, envelope)
-        service, entry = await self._submitted(envelope, verifier)
+        taken = await self._submitted(envelope, verifier)
         try:
-            data = await anyio.to_thread.run_sync(self._bundle, envelope, verifier, entry, stamps)
-            log = self._services.root.log(canonical.base64_bytes(entry.log_id.key_id))
-            await self._witness.saw(entry.inclusion_proof.checkpoint.envelope, log, self._door(service))
+            entries = [entry for _, entry in taken]
+            data = await anyio.to_thread.run_sync(self._bundle, envelope, verifier, entries, stamps)
+            for service, entry in taken:
+                log = self._services.root.log(canonical.base64_bytes(entry.log_id.key_id))
+                await self._witness.saw(entry.inclusion_proof.checkpoint.envelope, log, self._door(service))
         except ValueError as e:
             raise Later(f"the log's answer does not hold: {e}") from None
         self._disk.put(self._where.chunk(index, names.BUNDLE), data)
@@ -286,7 +288,7 @@ class Submitter:
         if not self._services.tsas:
             return []
         signature = dsse.open_envelope(envelope).signature
-        found = await tsa.stamp(self._outside, self._services.tsas, signature, self._services.root)
+        found = await tsa.stamp(self._outside, self._services, signature)
         self._disk.put(path, encode_stamps(Stamps.of(found)))
         return found
 
@@ -295,43 +297,44 @@ class Submitter:
             self._outside, service.url, service.major_api_version, self._read_url, self._services.root.logs
         )
 
-    async def _submitted(self, envelope: bytes, verifier: Verifier) -> tuple[Service, TlogEntry]:
-        """Return the entry and whose it is; a log that is closed for good is passed over from then on."""
+    async def _submitted(self, envelope: bytes, verifier: Verifier) -> list[tuple[Service, TlogEntry]]:
+        """Return the entries of as many logs as are wanted; one that is closed for good is passed over from then on."""
+        taken: list[tuple[Service, TlogEntry]] = []
         for service in self._services.logs:
             if service.url in self._frozen:
                 continue
             try:
-                return service, await self._door(service).submit(envelope, verifier)
+                taken.append((service, await self._door(service).submit(envelope, verifier)))
             except Frozen as e:
                 self._frozen.add(service.url)
                 self.last_error = str(e)
+            if len(taken) == self._services.logs_wanted:
+                return taken
         if not self._services.logs:
             raise Later("the signing config names no log that is valid now")
-        raise Later("every log of the signing config is closed (frozen); a newer signing config is needed", 60.0)
+        raise Later("logs of the signing config are closed for good (frozen); a newer signing config is needed", 60.0)
 
     @property
     def needs_new_services(self) -> bool:
-        """Whether all known logs are closed, so that the trust configuration should be read anew."""
-        return bool(self._services.logs) and all(s.url in self._frozen for s in self._services.logs)
+        """Whether too many of the known logs are closed, so that the trust configuration should be read anew."""
+        still_open = sum(service.url not in self._frozen for service in self._services.logs)
+        return still_open < self._services.logs_wanted
 
     def replace_services(self, services: Services) -> None:
         """Use another trust configuration from the next chunk on."""
         self._services = services
 
-    def _bundle(self, envelope: bytes, verifier: Verifier, entry: TlogEntry, stamps: list[bytes]) -> bytes:
+    def _bundle(self, envelope: bytes, verifier: Verifier, entries: list[TlogEntry], stamps: list[bytes]) -> bytes:
         """Return the bundle's bytes after our own offline verification has accepted them.  Raises `ValueError`."""
-        root = self._services.root
-        hint = "" if verifier.certificate else keys.key_hint(keys.key_id(verifier.key))
-
-        def made(entry: TlogEntry) -> bytes:
-            return bundles.encode(
-                bundles.assemble(
-                    envelope, hint=hint, certificate=verifier.certificate, entries=[entry], timestamps=stamps
-                )
-            )
-
-        data = made(_without_late_promise(entry, verifier))
-        proof_of_log.check(data, envelope, verifier, root)
+        bundle = bundles.assemble(
+            envelope,
+            hint="" if verifier.certificate else keys.key_hint(keys.key_id(verifier.key)),
+            certificate=verifier.certificate,
+            entries=[_without_late_promise(entry, verifier) for entry in entries],
+            timestamps=stamps,
+        )
+        data = bundles.encode(bundle)
+        proof_of_log.check(data, envelope, verifier, self._services.root)
         return data
 
 

@@ -65,10 +65,15 @@ class _ClientTrustConfig(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Services(msgspec.Struct, frozen=True):
-    """What a signer uses: logs, timestamp and certificate authorities by URL, and the trusted root."""
+    """What a signer uses: logs, timestamp and certificate authorities by URL, and the trusted root.
+
+    `logs_wanted` and `tsas_wanted` say of how many an answer is needed; the others stand in for those that fail.
+    """
 
     logs: list[Service]
+    logs_wanted: int
     tsas: list[str]
+    tsas_wanted: int
     ca: str
     root: TrustRoot
 
@@ -163,9 +168,13 @@ def choose(root: bytes, signing: bytes, now: datetime) -> Services:
     if config.media_type != _MEDIA_TYPE:
         raise ConfigError(f"signals.rekor: a signing config of media type {config.media_type!r} is not {_MEDIA_TYPE!r}")
     authorities = _valid(config.ca_urls, (1,), now)
+    logs = _valid(config.rekor_tlog_urls, _REKOR_VERSIONS, now)
+    tsas = _valid(config.tsa_urls, (1,), now)
     return Services(
-        _selected(_valid(config.rekor_tlog_urls, _REKOR_VERSIONS, now), config.rekor_tlog_config, "logs"),
-        [s.url for s in _selected(_valid(config.tsa_urls, (1,), now), config.tsa_config, "timestamp authorities")],
+        logs,
+        _wanted(len(logs), config.rekor_tlog_config, "logs"),
+        [service.url for service in tsas],
+        _wanted(len(tsas), config.tsa_config, "timestamp authorities"),
         authorities[0].url if authorities else "",
         parsed,
     )
@@ -183,20 +192,20 @@ def _valid(services: list[Service], versions: tuple[int, ...], now: datetime) ->
     return list(best.values())
 
 
-def _selected(services: list[Service], how: _Selection, what: str) -> list[Service]:
+def _wanted(valid: int, how: _Selection, what: str) -> int:
+    """Return of how many services an answer is needed, by the signing config's selector."""
     if how.selector == "ALL":
-        return services
-    count = max(1, how.count) if how.selector == "EXACT" else 1
-    if how.selector == "EXACT" and len(services) < count:
-        raise ConfigError(f"signals.rekor: the signing config asks for {count} {what}, {len(services)} are valid now")
-    # ANY: the first is used; the others stand in for it when it refuses.
-    return services if how.selector == "ANY" else services[:count]
+        return valid
+    count = max(1, how.count) if how.selector == "EXACT" else min(1, valid)
+    if count > valid:
+        raise ConfigError(f"signals.rekor: the signing config asks for {count} {what}, {valid} are valid now")
+    return count
 
 
 def describe(services: Services) -> dict[str, Any]:
     """Return what `stella signer status` shows of the services."""
     return {
-        "log": f"{services.logs[0].url} (API v{services.logs[0].major_api_version})" if services.logs else "",
+        "log": ", ".join(f"{log.url} (API v{log.major_api_version})" for log in services.logs),
         "timestamp_authorities": ", ".join(services.tsas),
         "certificate_authority": services.ca,
         "trusted_root_sha256": services.root.sha256,

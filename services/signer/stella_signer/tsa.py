@@ -1,4 +1,4 @@
-"""RFC 3161 timestamps over a signature, from each configured authority; the reply is checked before it is kept."""
+"""RFC 3161 timestamps over a signature, from the configured authorities; a reply is checked before it is kept."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from rfc3161_client.base import HashAlgorithm
 from stella_shared.evidence.transparency import timestamp
 from stella_shared.evidence.transparency.trust import TrustRoot
 from stella_signer.outside import Frozen, Later, Outside, Refused
+from stella_signer.trust_config import Services
 
 _QUERY = "application/timestamp-query"
 
 
-async def stamp(outside: Outside, urls: list[str], signature: bytes, root: TrustRoot) -> list[bytes]:
-    """Return the TimeStampResp (DER) of each authority that answers, at least one.
+async def stamp(outside: Outside, services: Services, signature: bytes) -> list[bytes]:
+    """Return the TimeStampResp (DER) of as many authorities as are wanted, in their order.
 
-    Nonce, imprint and the authority's signature are checked.  Raises `Later` when none answers as it should.
+    Nonce, imprint and the authority's signature are checked.  Raises `Later` when too few answer as they should.
     """
     found: list[bytes] = []
-    failed: Later | None = None
-    for url in urls:
+    failed = Later("the signing config names no timestamp authority that is valid now")
+    for url in services.tsas:
+        if len(found) == services.tsas_wanted:
+            break
         try:
-            found.append(await _ask(outside, url, signature, root))
+            found.append(await _ask(outside, url, signature, services.root))
         except Later as e:
-            failed = e
+            failed = Later(f"timestamp authority {url}: {e}", e.after_seconds)
         except (Refused, Frozen) as e:
             # A timestamp authority has no opinion of what it stamps: a refusal is its own trouble, and passes.
             failed = Later(f"timestamp authority {url}: {e}")
-    if not found and failed is not None:
+    if len(found) < max(1, services.tsas_wanted):
         raise failed
     return found
 
@@ -40,5 +43,5 @@ async def _ask(outside: Outside, url: str, signature: bytes, root: TrustRoot) ->
             raise ValueError("its reply is to another question (nonce)")
         timestamp.check(answer.body, signature, root)
     except ValueError as e:
-        raise Later(f"timestamp authority {url}: {e}") from None
+        raise Later(str(e)) from None
     return answer.body
