@@ -305,6 +305,74 @@ def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys
     )
 
 
+@signals.command(short_help="Write a proof that a line is in a signed chunk.")
+@_everywhere
+@click.argument("events", metavar="EVENT...", nargs=-1, required=True)
+@click.option(
+    "--evidence",
+    type=click.Path(file_okay=False),
+    help="Evidence directory to prove from, if it is not the node's.",
+)
+@click.option("--output", type=click.Path(dir_okay=False), help="File to write one proof to. Without it: stdout.")
+@click.option(
+    "--output-directory",
+    type=click.Path(file_okay=False),
+    help="Directory to write proofs to, as proof-CHUNK-LINE.json. Without it several go to the current directory.",
+)
+def prove(events: tuple[str, ...], evidence: str | None, output: str | None, output_directory: str | None) -> None:
+    """Write a small file that proves one evidence line to be in a signed chunk, without showing the others.
+
+    EVENT names a line: RUN/LANE/SEQ as they stand in it, or CHUNK:LINE counted from 1, or - to read
+    evidence lines from stdin and prove each of them.  Chunks that are open or not signed prove nothing yet.
+
+    \b
+    Examples:
+      stella signals prove 57e2e7ab61a13058/4/1 --output proof.json
+      stella signals prove 42:17 42:18 --output-directory proofs
+      grep '"path":"/etc/shadow"' 000042.ndjson | stella signals prove -
+    Exit codes: 0 written, 1 the evidence is damaged, 4 no such line, 10 not signed yet
+    """
+    from stella_cli import proving
+
+    place = Path(evidence or _settings().signals.output_directory)
+    proving.prove(list(events), place, output=output, directory=output_directory)
+
+
+@signals.command("verify-proof", short_help="Check proofs that lines are in signed chunks.")
+@_everywhere
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
+@_format("text", "json")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
+    "Otherwise the keys this node knows; never the one in the proof.",
+)
+def verify_proof(files: tuple[str, ...], form: str | None, keys: tuple[str, ...]) -> int:
+    """Check proofs of `stella signals prove`: the line, its way to the Merkle root, and the signature.
+
+    Needs no evidence and no network.  FILE - is stdin.
+
+    \b
+    Examples:
+      stella signals verify-proof proof.json --key sha256:…
+      stella signals prove 42:17 | stella signals verify-proof -
+      stella signals verify-proof proofs/*.json --key signer.pem --format json
+    Exit codes: 0 all valid, 1 one is not (the output says why), 4 no such file
+    """
+    from stella_cli import proving
+
+    return proving.verify(
+        list(files),
+        config=_remembered("config"),
+        target=_remembered("target"),
+        keys=list(keys),
+        as_json=form == "json",
+    )
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.  Every failure has been told on stderr by then."""
     as_json = failure.wants_json(arguments)

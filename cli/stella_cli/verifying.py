@@ -34,7 +34,7 @@ def run(path: Path, *, config: str | None, target: str | None, keys: list[str], 
 def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) -> tuple[set[str] | None, Path | None]:
     """Return the keys to trust and the head to compare with; None asks the state beside the evidence."""
     if keys:
-        return {_key_id(key) for key in keys}, None
+        return {key_id(key) for key in keys}, None
     chosen = settings.load(config, target)
     own = path.absolute() == Path(chosen.signals.output_directory)
     beside = path.is_dir() and (path.absolute().parent / "state" / "keys" / evidence_keys.TRUSTED).exists()
@@ -49,7 +49,7 @@ def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) 
     return (known or None), (head if own and known and head.exists() else None)
 
 
-def _key_id(text: str) -> str:
+def key_id(text: str) -> str:
     """Return the key id that `--key` names: a fingerprint, or that of a PEM file."""
     name = text.removeprefix("sha256:").lower()
     if len(name) == 64 and set(name) <= set("0123456789abcdef"):
