@@ -131,6 +131,13 @@ def test_every_line_of_a_chain_is_proved_in_each_way(tmp_path: Path) -> None:
     assert [(3, 0), (2, 0), (3, 1)] == [(made.chunk, made.leaf_index) for made in prover.prove(both)]
 
 
+def test_only_the_chunk_that_holds_the_line_is_read(tmp_path: Path) -> None:
+    """The ledgers say which one: the lines of the others may be gone."""
+    node = small_chain(tmp_path)
+    node.file(2, "ndjson").write_bytes(b"")
+    assert proof.verify(proofs_of(node, Place(RUN, 5, 4))[0], trusted(node)).chunk == 3
+
+
 def test_numbers_that_came_late_are_found(tmp_path: Path) -> None:
     """A uprobe lane settles by count: its number 2 came a chunk later, its number 3 a chunk early."""
     late = {2: 3, 3: 2}
