@@ -64,6 +64,7 @@ def test_the_shared_vectors_hold(index: int, size: int, path: list[str]) -> None
     assert tree_root(hashes) == root == root_from_path(hashes[index], index, size, made)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 140), st.data())
 def test_every_leaf_has_a_path_to_the_root_and_no_other_place_has_it(size: int, data: st.DataObject) -> None:
     """Another index, another size, a hash more or less: no such leaf, or another root."""
