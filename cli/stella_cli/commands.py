@@ -71,6 +71,43 @@ def _format(*choices: str, default: str = "text") -> Callable[[_F], _F]:
     return click.option("--format", "form", type=click.Choice(choices), help=f"Output form. Without it: {default}.")
 
 
+def _trust_options(function: _F) -> _F:
+    """Add the options that say whom to believe."""
+    for option in (
+        click.option(
+            "--trusted-root",
+            type=click.Path(dir_okay=False),
+            help="Sigstore trusted_root.json: whose logs and authorities count. Otherwise the one this node used last; "
+            "never one out of the evidence.",
+        ),
+        click.option(
+            "--identity",
+            "identities",
+            multiple=True,
+            nargs=2,
+            metavar="SUBJECT ISSUER",
+            help="A keyless signer to trust: the certificate's subject, and the OIDC issuer. May be repeated.",
+        ),
+        click.option(
+            "--key",
+            "keys",
+            multiple=True,
+            metavar="KEY",
+            help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
+            "Otherwise the keys this node knows; never one out of the evidence.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _named(keys: tuple[str, ...], identities: tuple[tuple[str, str], ...], trusted_root: str | None) -> Any:
+    from stella_cli.verifying import NamedTrust
+    from stella_shared.evidence.transparency.certificate import Identity
+
+    return NamedTrust(list(keys), [Identity(*pair) for pair in identities], trusted_root or "")
+
+
 def _settings(**overrides: object) -> Any:
     from stella_cli import settings
 
@@ -273,28 +310,7 @@ def test_probes(form: str | None) -> None:
 @click.option("--verbose", "-v", is_flag=True, help="Show every chunk and every fault.")
 @_format("text", "json")
 @click.option("--offline", is_flag=True, help="Use no network. Verification never does; the flag says so.")
-@click.option(
-    "--key",
-    "keys",
-    multiple=True,
-    metavar="KEY",
-    help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
-    "Otherwise the keys this node knows.",
-)
-@click.option(
-    "--identity",
-    "identities",
-    multiple=True,
-    nargs=2,
-    metavar="SUBJECT ISSUER",
-    help="A keyless signer to trust: the certificate's subject, and the OIDC issuer. May be repeated.",
-)
-@click.option(
-    "--trusted-root",
-    type=click.Path(dir_okay=False),
-    help="Sigstore trusted_root.json: whose logs and authorities count. Otherwise the one this node used last; "
-    "never one out of the evidence.",
-)
+@_trust_options
 def verify_chain(
     *,
     path: str,
@@ -317,13 +333,12 @@ def verify_chain(
     Exit codes: 0 valid, 1 invalid (the output says at which chunk and why), 4 no such path
     """
     from stella_cli import verifying
-    from stella_shared.evidence.transparency.certificate import Identity
 
     return verifying.run(
         Path(path),
         config=_remembered("config"),
         target=_remembered("target"),
-        named=verifying.NamedTrust(list(keys), [Identity(*pair) for pair in identities], trusted_root or ""),
+        named=_named(keys, identities, trusted_root),
         verbose=verbose,
         as_json=form == "json",
     )
@@ -378,6 +393,74 @@ def signer_status(form: str | None) -> None:
     from stella_cli import signer_status as status_of_signer
 
     status_of_signer.run(_settings(), as_json=form == "json")
+
+
+@signals.command(short_help="Write a proof that a line is in a signed chunk.")
+@_everywhere
+@click.argument("events", metavar="EVENT...", nargs=-1, required=True)
+@click.option(
+    "--evidence",
+    type=click.Path(file_okay=False),
+    help="Evidence directory to prove from, if it is not the node's.",
+)
+@click.option("--output", type=click.Path(dir_okay=False), help="File to write one proof to. Without it: stdout.")
+@click.option(
+    "--output-directory",
+    type=click.Path(file_okay=False),
+    help="Directory to write proofs to, as proof-CHUNK-LINE.json. Without it several go to the current directory.",
+)
+def prove(events: tuple[str, ...], evidence: str | None, output: str | None, output_directory: str | None) -> None:
+    """Write a small file that proves one evidence line to be in a signed chunk, without showing the others.
+
+    EVENT names a line: RUN/LANE/SEQ as they stand in it, or CHUNK:LINE counted from 1, or - to read
+    evidence lines from stdin and prove each of them.  Chunks that are open or not signed prove nothing yet.
+
+    \b
+    Examples:
+      stella signals prove 57e2e7ab61a13058/4/1 --output proof.json
+      stella signals prove 42:17 42:18 --output-directory proofs
+      grep '"path":"/etc/shadow"' 000042.ndjson | stella signals prove -
+    Exit codes: 0 written, 1 the evidence is damaged, 4 no such line, 10 not signed yet
+    """
+    from stella_cli import proving
+
+    place = Path(evidence or _settings().signals.output_directory)
+    proving.prove(list(events), place, output=output, directory=output_directory)
+
+
+@signals.command("verify-proof", short_help="Check proofs that lines are in signed chunks.")
+@_everywhere
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
+@_format("text", "json")
+@_trust_options
+def verify_proof(
+    *,
+    files: tuple[str, ...],
+    form: str | None,
+    keys: tuple[str, ...],
+    identities: tuple[tuple[str, str], ...],
+    trusted_root: str | None,
+) -> int:
+    """Check proofs of `stella signals prove`: the line, its way to the Merkle root, and the signature.
+
+    Needs no evidence and no network.  FILE - is stdin.
+
+    \b
+    Examples:
+      stella signals verify-proof proof.json --key sha256:…
+      stella signals prove 42:17 | stella signals verify-proof -
+      stella signals verify-proof proofs/*.json --key signer.pem --format json
+    Exit codes: 0 all valid, 1 one is not (the output says why), 4 no such file
+    """
+    from stella_cli import proving
+
+    return proving.verify(
+        list(files),
+        config=_remembered("config"),
+        target=_remembered("target"),
+        named=_named(keys, identities, trusted_root),
+        as_json=form == "json",
+    )
 
 
 def run(arguments: list[str]) -> int:

@@ -35,6 +35,7 @@ RUNBOOK_SECTIONS: Final = {
     "procedure-update-collector": "Procedure: Update Collector",
     "procedure-recover-from-crash": "Procedure: Recover from Crash",
     "procedure-air-gap-evidence-export": "Procedure: Air-Gap Evidence Export",
+    "procedure-prove-one-event": "Procedure: Prove One Event",
     "configuration-reference": "Configuration Reference",
     "emergency-disable-collection": "Emergency: Disable Collection",
     "emergency-clear-corrupted-state": "Emergency: Clear Corrupted State",

@@ -51,9 +51,9 @@ class NamedTrust(msgspec.Struct, frozen=True):
 
 def _trust(path: Path, config: str | None, target: str | None, named: NamedTrust) -> tuple[Trust | None, Path | None]:
     """Return whom to trust and the head to compare with; None asks the state beside the evidence."""
-    root = _root(named.trusted_root) if named.trusted_root else None
-    if named.anybody:
-        return Trust({_key_id(key): "" for key in named.keys}, frozenset(named.identities), root), None
+    if trust := named_trust(named):
+        return trust, None
+    root = root_file(named.trusted_root) if named.trusted_root else None
     chosen = settings.load(config, target)
     own = path.absolute() == Path(chosen.signals.output_directory)
     state = path.absolute().parent / "state"
@@ -71,7 +71,16 @@ def _trust(path: Path, config: str | None, target: str | None, named: NamedTrust
     return trust, (head if (own or beside) and known.anybody and head.exists() else None)
 
 
-def _root(file: str) -> TrustRoot:
+def named_trust(named: NamedTrust) -> Trust | None:
+    """Return the trust that the caller names, None when no signer is named."""
+    if not named.anybody:
+        return None
+    root = root_file(named.trusted_root) if named.trusted_root else None
+    return Trust({key_id(key): "" for key in named.keys}, frozenset(named.identities), root)
+
+
+def root_file(file: str) -> TrustRoot:
+    """Return the trusted root in a file that the caller names."""
     try:
         return parse_root(Path(file).read_bytes())
     except FileNotFoundError:
@@ -82,7 +91,7 @@ def _root(file: str) -> TrustRoot:
         raise UsageError(f"--trusted-root {file}: {e}", hint="it is a Sigstore trusted_root.json") from None
 
 
-def _key_id(text: str) -> str:
+def key_id(text: str) -> str:
     """Return the key id that `--key` names: a fingerprint, or that of a PEM file."""
     name = text.removeprefix("sha256:").lower()
     if len(name) == 64 and set(name) <= set("0123456789abcdef"):

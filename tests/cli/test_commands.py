@@ -27,6 +27,8 @@ RUNBOOK_COMMANDS = (
     "tail",
     "test-probes",
     "verify-chain",
+    "prove",
+    "verify-proof",
 )
 
 

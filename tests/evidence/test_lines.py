@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,29 @@ def test_a_ledgers_claims_take_no_memory(tmp_path: Path) -> None:
     made = LineChecker(ledger({RUN: BOOT}, [LaneRow(n, 0, 2**50, 2**50, 0, 0) for n in range(0, 4000, 4)]), NODE)
     made.numbers.expect(1 << 20)
     assert len(made.numbers._bits) <= (1 << 18) + (64 << 10)
+
+
+def test_memory_does_not_grow_with_the_chunk(tmp_path: Path) -> None:
+    """A chunk of 48 MB takes at most 4 MiB more than one of 6 MB, its numbers among them."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import test_lines as t\n"
+        "with t.ChunkReader() as reader:\n"
+        "    made = t.LineChecker(t.ledger({t.RUN: t.BOOT}, [t.LaneRow(0, 0, 400_000, 400_000, 0, 0)]), t.NODE)\n"
+        "    digest = reader.read(Path(sys.argv[1]), made)\n"
+        "assert made.finish() == [] or digest.lines < 400_000, made.finish()\n"
+        # Not ru_maxrss: that counts what the parent had.
+        "print(*[row.split()[1] for row in open('/proc/self/status') if row.startswith('VmHWM')])\n"
+    )
+    path = tmp_path / "chunk"
+    template = placed(seq=0).replace(b'"seq":0', b'"seq":%d')
+    peaks = []
+    for count in (50_000, 400_000):
+        path.write_bytes(b"".join(template % n + b"\n" for n in range(count)))
+        done = subprocess.run(
+            [sys.executable, "-c", program, path, HERE], capture_output=True, text=True, check=True, timeout=60
+        )
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 4096
 
 
 def test_many_runs_are_told_apart(tmp_path: Path) -> None:

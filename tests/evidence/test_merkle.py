@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hashlib import sha256
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stella_shared.errors import BrokenPromise
@@ -56,6 +56,7 @@ def test_the_shared_vectors_hold(frontier: Callable[[], merkle.Frontier]) -> Non
 
 
 @both
+@settings(deadline=None)
 @given(lines=st.lists(st.binary(max_size=8), max_size=130), cuts=st.lists(st.integers(0, 40), max_size=8))
 def test_any_cut_of_the_lines_gives_the_recursive_root(
     frontier: Callable[[], merkle.Frontier], lines: list[bytes], cuts: list[int]

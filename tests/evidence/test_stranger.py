@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
+from stella_shared.evidence.proof import encode
+from stella_shared.evidence.prover import LineOf, Prover, Wanted
 from stella_shared.evidence.report import FAULT_CODES
 
 DOC = Path(__file__).parents[2] / "docs" / "evidence-format.md"
@@ -100,13 +102,49 @@ def test_a_stranger_agrees(tmp_path: Path) -> None:
     assert expected == stranger(node.evidence, node.made.key_id)
 
 
+def strange_proof(document: bytes, trusted: str) -> tuple[str, int, str]:
+    """Check a proof by section 11; return (chain, chunk, line)."""
+    proof = json.loads(document)
+    envelope = json.loads(proof["envelope"])
+    [signature] = envelope["signatures"]
+    key = load_pem_public_key(proof["public_key"].encode())
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    assert trusted == signature["keyid"] == sha256(der).hexdigest()
+    payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"].encode()
+    signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    key.verify(base64.b64decode(signature["sig"]), signed, ec.ECDSA(hashes.SHA256()))
+    predicate = json.loads(payload)["predicate"]
+    assert (proof["chain_id"], proof["chunk"]) == (predicate["chain"]["id"], predicate["chain"]["index"])
+    assert proof["tree_size"] == predicate["events"]["count"]
+    here, last = proof["leaf_index"], proof["tree_size"] - 1
+    assert 0 <= here <= last
+    root = sha256(b"\0" + proof["line"].encode()).digest()
+    for beside in map(bytes.fromhex, proof["path"]):
+        assert last
+        if here % 2 or here == last:
+            root = sha256(b"\1" + beside + root).digest()
+            while here % 2 == 0 and here:
+                here, last = here // 2, last // 2
+        else:
+            root = sha256(b"\1" + root + beside).digest()
+        here, last = here // 2, last // 2
+    assert last == 0
+    assert root.hex() == predicate["events"]["merkle_root"]
+    assert json.loads(proof["line"])["node"] == predicate["host"]["node"]
+    return proof["chain_id"], proof["chunk"], proof["line"]
+
+
+def test_a_stranger_accepts_our_proofs(tmp_path: Path) -> None:
+    """Section 11 is enough to check one."""
+    node = small_chain(tmp_path)
+    for number, line in enumerate(node.file(2, "ndjson").read_text().splitlines(), 1):
+        [proof] = Prover(node.evidence).prove([Wanted(LineOf(2, number))])
+        assert (node.made.chain_id, 2, line) == strange_proof(encode(proof), node.made.key_id)
+
+
 def test_the_page_names_every_fault() -> None:
     """The table of faults is the code's."""
-    rows = dict(
-        re.findall(
-            r"^\| `(\w+)` \| (.+) \|$",
-            DOC.read_text().split("| fault | meaning |")[1].split("| status |")[0],
-            re.MULTILINE,
-        )
-    )
+    table = DOC.read_text().split("| fault | meaning |")[1].split("| status |")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
     assert FAULT_CODES == rows

@@ -14,6 +14,7 @@ from stella_shared.evidence.transparency import bundle as bundles
 from stella_shared.evidence.transparency import certificate as certificates
 from stella_shared.evidence.transparency import entry as entries
 from stella_shared.evidence.transparency import timestamp as timestamps
+from stella_shared.evidence.transparency.bundle import Bundle
 from stella_shared.evidence.transparency.certificate import Identity
 from stella_shared.evidence.transparency.entry import Logged, Verifier
 from stella_shared.evidence.transparency.trust import TrustRoot
@@ -48,25 +49,33 @@ def verifier_of(key: ec.EllipticCurvePublicKey | None, certificate: x509.Certifi
     return Verifier(key)
 
 
-def check(data: bytes, envelope: bytes, verifier: Verifier, root: TrustRoot) -> Proof:
-    """Make sure that the bundle in `data` is of `envelope` and holds.  Raises `ValueError` that says what fails.
+def check_form(data: bytes, envelope: bytes, verifier: Verifier) -> Bundle:
+    """Return the bundle in `data` after making sure that it is one of `envelope` and `verifier`.
 
-    The envelope's bytes are those of `NNNNNN.dsse.json`.  Whether key or identity are trusted is for the caller.
+    Nothing of its log entries and timestamps is checked.  Raises `ValueError` that says what does not fit.
     """
     bundle = bundles.decode(data)
     material = bundle.verification_material
     if dsse.encode(bundle.dsse_envelope) != envelope:
         raise ValueError("the bundle holds another envelope than the one that is here")
-    signature = signature_of(envelope, verifier)
     if material.public_key is not None and (
         verifier.certificate or material.public_key.hint != keys.key_hint(keys.key_id(verifier.key))
     ):
         raise ValueError("the bundle names another key")
-    if (
-        material.certificate is not None
-        and canonical.base64_bytes(material.certificate.raw_bytes) != verifier.certificate
-    ):
+    held = material.certificate
+    if held is not None and canonical.base64_bytes(held.raw_bytes) != verifier.certificate:
         raise ValueError("the bundle holds another certificate")
+    return bundle
+
+
+def check(data: bytes, envelope: bytes, verifier: Verifier, root: TrustRoot) -> Proof:
+    """Make sure that the bundle in `data` is of `envelope` and holds.  Raises `ValueError` that says what fails.
+
+    The envelope's bytes are those of `NNNNNN.dsse.json`.  Whether key or identity are trusted is for the caller.
+    """
+    bundle = check_form(data, envelope, verifier)
+    material = bundle.verification_material
+    signature = signature_of(envelope, verifier)
     if not material.tlog_entries:
         raise ValueError("the bundle has no log entry")
     logged = [entries.check(entry, envelope, verifier, root) for entry in material.tlog_entries]
