@@ -70,11 +70,11 @@ class Queue:
         self.node = node or small_chain(folder)
 
     async def round(self, disk: Disk | None = None, **options: Any) -> tuple[Round, Submitter]:
-        """Run one round of a fresh submitter; `options` are the submitter's, and `retry_rejected`."""
-        retry = options.pop("retry_rejected", False)
+        """Run one round of a fresh submitter; `options` are the submitter's, and the round's."""
+        of_round = {name: options.pop(name) for name in ("retry_rejected", "most") if name in options}
         async with Outside() as outside:
             submitter = Submitter(self.node.where, outside, self.around.services(), disk=disk, **options)
-            return await submitter.round(retry_rejected=retry), submitter
+            return await submitter.round(**of_round), submitter
 
     def logged(self) -> list[int]:
         """Return the chunks that have a bundle."""
