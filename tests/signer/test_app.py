@@ -22,6 +22,9 @@ from stella_shared.bus import Bus
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
 from stella_shared.wire import Beat, Closing, encode_head
+from stella_signer import app
+from stella_signer.app import Signer
+from stella_signer.signing import LocalKey
 from stella_signer.steps import Settle
 
 NODE = "node-a"
@@ -245,3 +248,42 @@ async def test_without_a_chain_it_says_how_to_get_one(process: Process, url: str
     process.start()
     assert await anyio.to_thread.run_sync(lambda: process.child.wait(20)) == 2
     assert not process.node.evidence.exists()
+
+
+async def test_a_key_that_the_disk_does_not_give_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An I/O error as the signing key is read is one like all others: it is told, and the signer tries again."""
+    node = Node(tmp_path)
+    load, failures = LocalKey.load, [OSError(5, "Input/output error", "signing.key")]
+
+    def failing(state: Path) -> LocalKey:
+        if failures:
+            raise failures.pop()
+        return load(state)
+
+    monkeypatch.setattr(LocalKey, "load", failing)
+    monkeypatch.setattr(app, "RETRY_SECONDS", 0.01)
+    store = await Signer(node.signals, "")._open_store(anyio.Event())
+    assert store is not None and store.index == 2
+    store.release()
+
+
+async def test_a_second_signer_refuses(process: Process, bus: Bus) -> None:
+    """Started by mistake over the same chain it takes nothing, says who has it, and ends with exit code 10."""
+    process.start()
+    await next_beat(bus, lambda b: b.state == "ok")
+    source = Source(NODE)
+    await publish(bus, source.batch({0: 3}))
+    await next_beat(bus, lambda b: b.detail.get("open_lines") == 3)
+    program = "import sys; from stella_signer import app; app.LOCK_SECONDS = 0.5; sys.exit(app.main())"
+    second = await anyio.run_process([sys.executable, "-c", program, "--config", str(process._config)], check=False)
+    assert second.returncode == 10
+    assert second.stderr.decode().splitlines()[-2:] == [
+        f"stella-signer: another signer writes to {process.node.evidence}",
+        "  hint: one signer at a time writes a chain: stop the other one, or this one",
+    ]
+    await publish(bus, source.batch({0: 2}, final=True))
+    assert await process.stop() == 0
+    report = process.verify()
+    assert report.faults == [] and (report.lines, report.totals.lost) == (5, 0)

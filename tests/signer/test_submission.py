@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from tests.signer.log_kit import Queue, surroundings
 from tests.sigstore.door import Reply
 
 from stella_shared.evidence import names
+from stella_shared.evidence.disk import Disk
 from stella_signer.submission import REJECTED
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +86,49 @@ async def test_a_refusal_is_parked_and_tried_again_on_request(tmp_path: Path) ->
         retried, submitter = await queue.round(retry_rejected=True)
         assert retried.logged == 1 and submitter.rejected() == {}
         assert json.loads((queue.node.where.state / REJECTED).read_text())["chunks"] == {}
+
+
+class _NoList(Disk):
+    """A disk that does not take the list of refused chunks."""
+
+    def rename(self, old: Path, new: Path) -> None:
+        if new.name == REJECTED:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
+        super().rename(old, new)
+
+
+async def test_a_refusal_that_cannot_be_noted_is_a_failure_and_no_end(tmp_path: Path) -> None:
+    """The disk is full as a refused chunk is to be parked: the round tells so, and the next one parks it."""
+    with surroundings(2) as around:
+        queue = Queue(tmp_path, around)
+        around.log.fail_next(2, 400)
+        done, submitter = await queue.round(disk=_NoList(), parallel=1)
+        assert "No space left" in done.error and submitter.rejected() == {}
+        done, submitter = await queue.round(parallel=1)
+        assert (done.rejected, list(submitter.rejected())) == (1, [1])
+
+
+async def test_a_logged_chunk_never_stays_in_the_list_of_refused_ones(tmp_path: Path) -> None:
+    """It leaves the list before its bundle is there, so no crash between the two leaves it listed for ever."""
+    with surroundings(2) as around:
+        queue = Queue(tmp_path, around)
+        around.log.fail_next(1, 400)
+        await queue.round(parallel=1)
+        done, submitter = await queue.round(disk=_NoList(), retry_rejected=True)
+        assert "No space left" in done.error and list(submitter.rejected()) == [1] and 1 not in queue.logged()
+        done, submitter = await queue.round(retry_rejected=True)
+        assert done.error == "" and submitter.rejected() == {} and queue.logged() == [1, 2, 3, 4]
+
+
+async def test_a_log_that_closes_as_its_proof_is_asked_for_is_a_failure_and_no_end(tmp_path: Path) -> None:
+    """405 to a question ends the round with its reason; the bundle waits."""
+    with surroundings(1) as around:
+        queue = Queue(tmp_path, around)
+        await queue.round(parallel=1, most=1)
+        around.log.grow(2, api=1)
+        around.log.fail_next(1, 405, on="v1.proof")
+        done, _ = await queue.round(parallel=1)
+        assert "405" in done.error and queue.logged() == [1]
 
 
 async def test_a_closed_log_is_passed_over(tmp_path: Path) -> None:

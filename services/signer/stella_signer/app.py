@@ -43,6 +43,8 @@ LINGER_SECONDS: Final = 0.03
 TICK_SECONDS: Final = 0.25
 STOP_SECONDS: Final = 20.0
 RETRY_SECONDS: Final = 1.0
+#: How long a signer waits for the one before it, which may be stopping, to let go of the chain.
+LOCK_SECONDS: Final = 30.0
 MAX_MESSAGES: Final = 1024
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 #: Batches whose way to a signature is timed; at the usual pace of commits, hours.
@@ -156,7 +158,7 @@ class Signer:
         if not signing.enabled:
             self._log.warning("signing is switched off: chunks are closed, and nothing vouches for them")
         elif not self._outbound.remote:
-            self._key = LocalKey.load(where.state)
+            self._key = await self._durable(lambda: LocalKey.load(where.state))
             self._detail["key_hint"] = keys.key_hint(self._key.key_id)
         key, remote = self._key, self._outbound.remote
         opened: list[ChunkStore] = []
@@ -164,7 +166,7 @@ class Signer:
         def work() -> None:
             opened.append(ChunkStore.open(where, key, version=VERSION, now=_utc_now, remote=remote))
 
-        # A signer that was killed may still hold the lock for a moment.
+        wait_until = anyio.current_time() + LOCK_SECONDS
         while not opened:
             try:
                 await self._durable(work)
@@ -172,6 +174,8 @@ class Signer:
                 self._fail(str(e))
                 if stop.is_set():
                     return None
+                if anyio.current_time() > wait_until:
+                    raise
                 await anyio.sleep(RETRY_SECONDS)
         store = opened[0]
         if store.commits_gone:

@@ -149,7 +149,10 @@ class ChunkStore:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TryAgain(f"another signer writes to {self._where.evidence}") from None
+            raise TryAgain(
+                f"another signer writes to {self._where.evidence}",
+                hint="one signer at a time writes a chain: stop the other one, or this one",
+            ) from None
 
     def _recover(self) -> None:
         # A rename that an earlier try saw fail may be visible and not durable; a head must not get ahead of it.

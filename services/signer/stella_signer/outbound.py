@@ -89,11 +89,15 @@ class Outbound:
                     await self._farewell(store)
 
     async def _farewell(self, store: Store) -> None:
-        if self._key is not None and not self._sign_error:
-            while await self._sign_next(store, self._key):
-                pass
-        if self._submitter is not None and not self._submitter.last_error:
-            await self._submitter.round()
+        """Sign and submit what the stop closed.  What does not get out now does after the next start."""
+        try:
+            if self._key is not None and not self._sign_error:
+                while await self._sign_next(store, self._key):
+                    pass
+            if self._submitter is not None and not self._submitter.last_error:
+                await self._submitter.round()
+        except (Later, Refused, Frozen, StellaError, OSError) as e:
+            self._tell("warning", "left for the next start", str(e))
 
     # -- services --------------------------------------------------------------------------------------
 
@@ -107,14 +111,8 @@ class Outbound:
             if self._key is not None:
                 tasks.start_soon(self._signing, store, self._key)
             if self.submits and self._services is not None:
-                rekor = self._signals.rekor
-                self._submitter = Submitter(
-                    self._where,
-                    outside,
-                    self._services,
-                    read_url=rekor.read_url,
-                    every=rekor.submit_every,
-                    parallel=rekor.parallel_uploads,
+                self._submitter = await self._patiently(
+                    functools.partial(self._load_submitter, outside, self._services)
                 )
                 tasks.start_soon(self._submitting, self._submitter)
 
@@ -133,6 +131,17 @@ class Outbound:
 
     def _load_services(self) -> Services:
         return trust_config.load(self._signals.rekor, self._where.state)
+
+    def _load_submitter(self, outside: Outside, services: Services) -> Submitter:
+        rekor = self._signals.rekor
+        return Submitter(
+            self._where,
+            outside,
+            services,
+            read_url=rekor.read_url,
+            every=rekor.submit_every,
+            parallel=rekor.parallel_uploads,
+        )
 
     def _load_key(self, outside: Outside) -> RemoteKey:
         signing = self._signals.signing

@@ -210,23 +210,29 @@ class Submitter:
 
     async def _one(self, index: int, done: Round) -> None:
         """Take one chunk through, and sort a failure into `done`."""
+        refused = ""
         try:
-            await self._log(index)
+            try:
+                await self._log(index)
+            except Refused as e:
+                refused = str(e)
+                self._reject(index, refused)
         except Later as e:
             self._failed(done, str(e), e.after_seconds)
         except TwoHistories as e:
             self.alarm = str(e)
             self._failed(done, str(e), _BACKOFF_SECONDS)
-        except Refused as e:
-            self.failures_total += 1
-            self.last_error = f"chunk {index}: {e}"
-            done.rejected += 1
-            self._reject(index, str(e))
+        except (ConfigError, Frozen) as e:
+            self._failed(done, str(e), 0.0)
         except OSError as e:
             self._failed(done, f"{e.filename or 'evidence'}: {e.strerror}", 0.0)
         else:
+            if refused:
+                self.failures_total += 1
+                self.last_error = f"chunk {index}: {refused}"
+                done.rejected += 1
+                return
             self._failures = 0
-            self._reject(index, None)
             done.logged += 1
             self.logged_total += 1
             self.last_logged = max(self.last_logged, index)
@@ -256,6 +262,8 @@ class Submitter:
                 await self._witness.saw(entry.inclusion_proof.checkpoint.envelope, log, self._door(service))
         except ValueError as e:
             raise Later(f"the log's answer does not hold: {e}") from None
+        # First, so that a chunk with a bundle, which is never looked at again, does not stay in the list.
+        self._reject(index, None)
         self._disk.put(self._where.chunk(index, names.BUNDLE), data)
 
     def verifier(self, index: int) -> Verifier:
