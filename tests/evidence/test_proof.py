@@ -443,7 +443,7 @@ async def test_a_proof_shows_the_log_and_the_time(tmp_path: Path) -> None:
     """
     with surroundings(2) as around:
         queue = Queue(tmp_path, around)
-        await queue.round()
+        await queue.round(parallel=1)
         root = around.services().root
     [data] = proofs_of(queue.node, LineOf(2, 3))
     keys_only = trusted(queue.node)

@@ -40,7 +40,6 @@ class TrustedIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     subject: str
     issuer: str
     not_before: str
-    not_after: str = ""
 
 
 class TrustedKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
