@@ -16,6 +16,7 @@ import msgspec
 from stella_cli import help_pages
 from stella_shared import config, config_layers, events, metrics, subjects
 from stella_shared.config import Signals
+from stella_shared.evidence.report import FAULT_CODES, STATUSES, ChainReport
 from stella_shared.wire import FILTER_CAUSES, LOSS_CAUSES, Beat, PartHead, RawBatch
 
 _MADE: Final = "<!-- Made by `python -m stella_cli.reference docs/reference`; do not edit. -->\n"
@@ -45,6 +46,7 @@ def pages() -> dict[str, str]:
         "subjects.md": _subjects(),
         "events.md": _events(),
         "evidence-line.schema.json": _json(events.json_schema()),
+        "chain-report.schema.json": _json(report_schema()),
         "cli.md": help_pages.render(),
     }
 
@@ -63,6 +65,21 @@ def configuration_schema() -> dict[str, Any]:
         content = schema["$defs"][_owner(field.key)]["properties"][field.key.rpartition(".")[2]]
         content["default"] = field.default
         content.update({f"x-{word}": text for word, text in (field.meta.extra or {}).items()})
+    return schema
+
+
+def report_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of what `verify-chain --format json` prints.
+
+    Members are added, never changed or taken away, while `format` stays the same.
+    """
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Stella Signals chain report",
+        **msgspec.json.schema(ChainReport),
+    }
+    schema["$defs"]["Fault"]["properties"]["code"]["enum"] = list(FAULT_CODES)
+    schema["$defs"]["ChunkReport"]["properties"]["status"]["enum"] = list(STATUSES)
     return schema
 
 

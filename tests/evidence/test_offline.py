@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from tests.evidence.chain_maker import small_chain
 from tests.signer.log_kit import Queue, surroundings
@@ -34,6 +35,8 @@ async def test_a_logged_chain_is_verified_without_a_network(tmp_path: Path) -> N
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["valid"], done.stdout + done.stderr
     assert {chunk["status"] for chunk in report["chunks"]} == {"VALID_LOGGED"}
+    schema = json.loads((Path(__file__).parents[2] / "docs/reference/chain-report.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(report)
     # Without a trusted root the log entries are not judged, and the answer says so.
     blind = json.loads(verify(queue.node.evidence, "--key", key).stdout)
     assert blind["valid"] and {chunk["status"] for chunk in blind["chunks"]} == {"VALID_PENDING"}

@@ -59,6 +59,10 @@ class FulcioKey:
         """Who the last certificate said we are."""
         return self._identity
 
+    def replace_services(self, services: Services) -> None:
+        """Use another trust configuration from the next chunk on."""
+        self._services = services
+
     async def sign(self, payload: bytes) -> Signed:
         """Return the signed statement with its certificate and timestamps.  Raises `Later` or `Refused`."""
         if not self._services.ca or not self._services.tsas:

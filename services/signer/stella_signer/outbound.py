@@ -216,6 +216,8 @@ class Outbound:
             return
         self._services = services
         submitter.replace_services(services)
+        if isinstance(self._key, FulcioKey):
+            self._key.replace_services(services)
 
     def _tell(self, level: str, what: str, reason: str) -> None:
         """Write to the log, once for each new reason."""
