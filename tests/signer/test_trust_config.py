@@ -97,6 +97,9 @@ def test_a_private_tuf_repository_gives_both_and_follows_changes(tmp_path: Path)
             tuf.down()
             with pytest.raises(TryAgain, match="does not answer"):
                 trust_config.load(rekor, tmp_path)
+            stored = trust_config.load_stored(tmp_path)
+            assert stored is not None and stored.logs[0].url == other.log.url
+            assert trust_config.load_stored(tmp_path / "elsewhere") is None
             tuf.up()
 
 

@@ -20,7 +20,7 @@ import anyio.to_thread
 
 from stella_shared import metrics
 from stella_shared.config import Signals, has_trust_config
-from stella_shared.errors import ConfigError, StellaError
+from stella_shared.errors import ConfigError, StellaError, TryAgain
 from stella_shared.evidence.store import places, trust_identity, trust_key
 from stella_signer import submission, trust_config
 from stella_signer.fulcio import FulcioKey
@@ -33,6 +33,7 @@ from stella_signer.trust_config import Services
 _IDLE_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 60.0
 _REFRESH_SECONDS: Final = 24 * 3600.0
+_STALE_REFRESH_SECONDS: Final = 600.0
 #: What a stop leaves for the last chunk's signature and submission.
 _FAREWELL_SECONDS: Final = 6.0
 
@@ -62,6 +63,7 @@ class Outbound:
         self._submitter: Submitter | None = None
         self._sign_error = self._config_error = ""
         self._told = ""
+        self._refresh_seconds = _REFRESH_SECONDS
 
     @property
     def remote(self) -> bool:
@@ -130,7 +132,18 @@ class Outbound:
                 return loaded
 
     def _load_services(self) -> Services:
-        return trust_config.load(self._signals.rekor, self._where.state)
+        try:
+            services = trust_config.load(self._signals.rekor, self._where.state)
+        except TryAgain as e:
+            # Its repository is away: what was used last serves until it is back.
+            stored = trust_config.load_stored(self._where.state)
+            if stored is None:
+                raise
+            self._refresh_seconds = _STALE_REFRESH_SECONDS
+            self._tell("warning", "trust configuration of before is used", str(e))
+            return stored
+        self._refresh_seconds = _REFRESH_SECONDS
+        return services
 
     def _load_submitter(self, outside: Outside, services: Services) -> Submitter:
         rekor = self._signals.rekor
@@ -202,7 +215,7 @@ class Outbound:
                 self._tell("error", "Failed to submit to Rekor", submitter.last_error)
             elif done.logged:
                 submitter.last_error = self._told = ""
-            if submitter.needs_new_services or anyio.current_time() - refreshed > _REFRESH_SECONDS:
+            if submitter.needs_new_services or anyio.current_time() - refreshed > self._refresh_seconds:
                 refreshed = anyio.current_time()
                 await self._refresh(submitter)
             await anyio.sleep(done.after_seconds if done.error else 0.0 if done.left else _IDLE_SECONDS)

@@ -97,6 +97,16 @@ def load(rekor: Rekor, state: Path, disk: Disk | None = None) -> Services:
     return services
 
 
+def load_stored(state: Path) -> Services | None:
+    """Return what was used last, None when nothing was.  For the time while a TUF repository does not answer."""
+    directory = state / TRUST
+    try:
+        root, signing = (directory / TRUSTED_ROOT).read_bytes(), (directory / SIGNING_CONFIG).read_bytes()
+    except FileNotFoundError:
+        return None
+    return choose(root, signing, datetime.now(UTC))
+
+
 def _documents(rekor: Rekor, state: Path) -> tuple[bytes, bytes]:
     """Return (trusted root, signing config) as the configured source has them."""
     if rekor.tuf_url:
