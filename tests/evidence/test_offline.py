@@ -78,3 +78,21 @@ def test_chunks_before_a_logged_one_are_vouched_for_by_it(tmp_path: Path) -> Non
         ("VALID_LOGGED", 3),
         ("VALID_PENDING", None),
     ]
+
+
+async def test_a_window_that_ends_after_it_was_seen_is_told(tmp_path: Path) -> None:
+    """A node whose clock was ahead, or who wrote other times, is found out by the timestamp."""
+    from stella_shared.evidence.verify import verify_chain
+    from stella_shared.evidence.vouching import Trust
+
+    with surroundings(2) as around:
+        node = small_chain(tmp_path)
+        store = node.open()
+        store._now = lambda: "2999-01-01T00:00:00.000000000Z"
+        store.close("age")
+        store.release()
+        await Queue(tmp_path, around, node).round()
+        trust = Trust({node.key.key_id: ""}, root=around.services().root)
+    report = verify_chain(node.evidence, trust=trust)
+    assert report.valid
+    assert [w.chunk for w in report.warnings if w.code == "clock_ahead"] == [5]

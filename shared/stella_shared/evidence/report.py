@@ -133,11 +133,19 @@ def encode_report(report: ChainReport) -> bytes:
 def _log_line(report: ChainReport, statuses: list[str]) -> str:
     """Return the line about the transparency log."""
     own = [chunk for chunk in report.chunks if chunk.log]
+    entries = [chunk.log_index for chunk in own if chunk.log_index is not None]
     parts = [f"{statuses.count(VALID_LOGGED)} logged", f"{statuses.count(VALID_PENDING)} pending"]
     if untrusted := statuses.count(TIME_UNTRUSTED):
         parts.append(f"{untrusted} at a time nobody vouches for")
-    first, last = own[0], own[-1]
-    return f"  Log: {', '.join(parts)}; {last.log}, entries {first.log_index} to {last.log_index}"
+    return f"  Log: {', '.join(parts)}; {own[-1].log}, entries {min(entries)} to {max(entries)}"
+
+
+def _seen(chunk: ChunkReport) -> str:
+    """Return when somebody trusted saw a chunk's signature, and where it is logged."""
+    seen = f"  seen {chunk.trusted_time}" if chunk.trusted_time else ""
+    if chunk.log:
+        return f"{seen}  entry {chunk.log_index} of {chunk.log}"
+    return f"{seen}  by chunk {chunk.logged_by}" if chunk.logged_by else seen
 
 
 _FAULTS_SHOWN = 10
@@ -192,7 +200,7 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
             out.append(f"  Trusted root: sha256:{report.trusted_root_sha256}")
         out += [
             f"  {c.index:06d}  {c.status:<14}  {c.lines:>9} lines  {c.bytes:>11} bytes  {c.close_reason:<8}  "
-            f"{c.start} … {c.end}" + (f"  seen {c.trusted_time}" if c.trusted_time else "")
+            f"{c.start} … {c.end}" + _seen(c)
             for c in report.chunks
         ]
     return "\n".join(out) + "\n"

@@ -32,7 +32,7 @@ from stella_shared.evidence.store import TRUST, TRUSTED_ROOT
 from stella_shared.evidence.transparency import bundle, certificate
 from stella_shared.evidence.transparency.certificate import Identity
 from stella_shared.evidence.transparency.trust import parse as parse_root
-from stella_shared.evidence.vouching import Files, Trust, Vouched, earliest, form_code, vouch
+from stella_shared.evidence.vouching import Files, Trust, Vouched, clock_ahead, earliest, form_code, vouch
 
 MAX_JSON_BYTES: Final = 64 << 20
 _IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
@@ -367,6 +367,10 @@ class _Walk:
         self._unjudged += vouched.unjudged
         for text in vouched.unknown_times:
             self._warn("unknown_time", index, text)
+        if stated and vouched.times and clock_ahead(stated.predicate.window.end, vouched.times):
+            self._warn(
+                "clock_ahead", index, f"it ends after it was seen ({earliest(vouched.times)}): a wrong clock, or a lie"
+            )
         if vouched.logged and not vouched.times:
             self._warn("untrusted_time", index, "in the log, but nobody who is trusted says when: only the local clock")
         return stated, sha256(vouched.payload).hexdigest() if vouched.payload else "", vouched

@@ -6,7 +6,7 @@ A chunk's envelope goes through here on every way: `verify-chain`, a proof of on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import msgspec
@@ -23,6 +23,9 @@ from stella_shared.evidence.transparency.trust import TrustRoot
 
 #: Faults after which the chunk may still be what it says: it is the trust that is missing.
 UNTRUSTED: Final = ("unknown_key", "untrusted_time")
+
+#: Clocks of a node and of an authority may differ by this much before it is worth a word.
+_CLOCK_TOLERANCE: Final = timedelta(seconds=60)
 
 
 class Trust(msgspec.Struct, frozen=True):
@@ -213,3 +216,12 @@ def _judge_identity(verdict: Vouched, pem: bytes, trust: Trust) -> None:
 def earliest(times: list[TrustedTime]) -> str:
     """Return the first trusted time as RFC 3339, "" for none."""
     return min(time.at for time in times).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if times else ""
+
+
+def clock_ahead(end: str, times: list[TrustedTime]) -> bool:
+    """Return whether a window's end (RFC 3339) lies well after somebody trusted saw its signature."""
+    try:
+        said = datetime.fromisoformat(end[:19] + "+00:00")
+    except ValueError:
+        return False
+    return said - min(time.at for time in times) > _CLOCK_TOLERANCE
