@@ -162,17 +162,19 @@ def start(detach: bool, demo: bool, ready_fd: int) -> None:
 
 @signals.command(short_help="End the running node in order.")
 @_everywhere
-def stop() -> None:
+@click.option("--reason", metavar="TEXT", help="Say in the last chunk, signed, that a planned gap follows, and why.")
+def stop(reason: str | None) -> None:
     """End the running node in order: intake, what is in flight, the last chunk, its signature.
 
     \b
-    Example:
+    Examples:
       sudo stella signals stop
+      sudo stella signals stop --reason "kernel update"
     Exit codes: 0 ended, 3 not yours to stop, 4 nothing runs, 10 still stopping after the wait
     """
     from stella_cli import stopping
 
-    stopping.run(_settings())
+    stopping.run(_settings(), reason)
 
 
 @signals.command(short_help="Show what the running node does.")
@@ -303,6 +305,29 @@ def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys
         verbose=verbose,
         as_json=form == "json",
     )
+
+
+@signals.command(short_help="Remove the lines of old chunks; the chain stays.")
+@_everywhere
+@click.option("--keep-chain-state", is_flag=True, help="Keep ledgers and signatures. Must be given.")
+@click.option("--older-than", metavar="AGE", required=True, help="Chunks that ended longer ago: 90m, 12h, 7d, 4w.")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
+def cleanup(keep_chain_state: bool, older_than: str, dry_run: bool) -> None:
+    """Remove the lines of old chunks and keep what proves the chain: ledgers, signatures, proofs.
+
+    A signed note in the chain says first what goes, so that verify-chain finds the chunks ARCHIVED and not
+    missing.  The first chunk and the newest signed one stay, and so does what is not in its log yet.
+    Works while the node runs and while it does not.
+
+    \b
+    Examples:
+      stella signals cleanup --keep-chain-state --older-than 7d
+      stella signals cleanup --keep-chain-state --older-than 12h --dry-run
+    Exit codes: 0 done, or nothing to do; 1 the chain does not verify; 10 the signer did not answer in time
+    """
+    from stella_cli import cleaning
+
+    cleaning.run(_settings(), older_than, keep_chain_state=keep_chain_state, dry_run=dry_run)
 
 
 def run(arguments: list[str]) -> int:

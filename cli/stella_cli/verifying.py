@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 from stella_cli import settings
-from stella_shared.errors import NotFound, NotPermitted, UsageError
+from stella_cli.settings import Settings
+from stella_shared.errors import BadAnswer, NotFound, NotPermitted, UsageError
 from stella_shared.evidence import keys as evidence_keys
-from stella_shared.evidence.report import encode_report, render_text
+from stella_shared.evidence.report import ChainReport, encode_report, render_text
 from stella_shared.evidence.store import HEAD
 from stella_shared.evidence.verify import verify_chain
 
@@ -20,7 +21,7 @@ from stella_shared.evidence.verify import verify_chain
 def run(path: Path, *, config: str | None, target: str | None, keys: list[str], verbose: bool, as_json: bool) -> int:
     """Print the answer about `path`; return the exit code: 0 valid, 1 invalid."""
     trusted, head = _trust(path, config, target, keys)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = verify_chain(path, trusted_keys=trusted, head=head, progress=progress)
     if as_json:
         sys.stdout.buffer.write(encode_report(report))
@@ -49,6 +50,26 @@ def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) 
     return (known or None), (head if own and known and head.exists() else None)
 
 
+def own_chain(chosen: Settings) -> ChainReport:
+    """Return the report about this node's own evidence.  Raises `BadAnswer` unless it is valid."""
+    evidence = Path(chosen.signals.output_directory)
+    if not evidence.is_dir():
+        raise NotFound(f"no evidence at {evidence}", hint="run: stella signals init")
+    trusted = set(evidence_keys.load_trusted(chosen.state))
+    head = chosen.state / HEAD
+    with progress_bar() as progress:
+        found = verify_chain(evidence, trusted_keys=trusted, head=head if head.exists() else None, progress=progress)
+    if not found.valid:
+        first = found.faults[0]
+        at = f" at chunk {first.chunk}" if first.chunk is not None else ""
+        raise BadAnswer(
+            f"the chain in {evidence} does not verify: broken{at}: {first.message} ({first.code})",
+            hint=f"stella signals verify-chain {evidence} --verbose shows every fault",
+            runbook="issue-evidence-chain-verification-failure",
+        )
+    return found
+
+
 def _key_id(text: str) -> str:
     """Return the key id that `--key` names: a fingerprint, or that of a PEM file."""
     name = text.removeprefix("sha256:").lower()
@@ -70,7 +91,7 @@ def _key_id(text: str) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
     """Give what draws a bar on stderr; nothing when that is no terminal."""
     if not sys.stderr.isatty():
         yield None

@@ -18,6 +18,7 @@ from stella_shared import errors
 from stella_shared.config import load as load_config
 
 RUNBOOK_COMMANDS = (
+    "cleanup",
     "init",
     "start",
     "stop",

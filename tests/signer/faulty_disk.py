@@ -30,6 +30,7 @@ class FaultyDisk(Disk):
         self._paths: dict[int, Path] = {}
         self._durable: dict[Path, int] = {}
         self._renames: list[tuple[Path, Path, bytes | None]] = []
+        self._removed: list[tuple[Path, bytes]] = []
 
     def _step(self, do: object) -> None:
         mine = self.steps == self._at
@@ -48,7 +49,10 @@ class FaultyDisk(Disk):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def power_cut(self) -> None:
-        """Lose any part of what was not synced: tails of files, and renames whose directory was not synced."""
+        """Lose any part of what was not synced: tails of files, and renames and removals in unsynced directories."""
+        for path, gone in self._removed:
+            if not path.exists() and self._random.random() < 0.5:
+                path.write_bytes(gone)
         for old, new, content in reversed(self._renames):
             if new.exists() and self._random.random() < 0.5:
                 old.write_bytes(new.read_bytes())
@@ -103,6 +107,8 @@ class FaultyDisk(Disk):
 
     def remove(self, path: Path) -> None:
         def do() -> None:
+            if path.exists():
+                self._removed.append((path, path.read_bytes()))
             Disk.remove(self, path)
             self._durable.pop(path, None)
 
@@ -111,5 +117,6 @@ class FaultyDisk(Disk):
     def sync_directory(self, path: Path) -> None:
         def do() -> None:
             self._renames = [r for r in self._renames if r[1].parent != path]
+            self._removed = [r for r in self._removed if r[0].parent != path]
 
         self._step(do)

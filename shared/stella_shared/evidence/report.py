@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from stella_shared.evidence.records import Accounting, Predecessor
+from stella_shared.evidence.records import Accounting, Note, Predecessor
 
 #: Every fault code, and what it means.
 FAULT_CODES: Final = {
@@ -30,6 +30,7 @@ VALID_PENDING: Final = "VALID_PENDING"
 INVALID: Final = "INVALID"
 UNTRUSTED_KEY: Final = "UNTRUSTED_KEY"
 UNSIGNED: Final = "UNSIGNED"
+ARCHIVED: Final = "ARCHIVED"
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -50,7 +51,9 @@ class Warning(msgspec.Struct, frozen=True):
 
 
 class ChunkReport(msgspec.Struct, frozen=True):
-    """One chunk.  `status`: VALID_PENDING (signed, in no log), INVALID, UNTRUSTED_KEY or UNSIGNED."""
+    """One chunk.  `status`: VALID_PENDING (signed, in no log), ARCHIVED (a signed note says that its lines were
+    cleaned up; all else of it holds), INVALID, UNTRUSTED_KEY or UNSIGNED.
+    """
 
     index: int
     status: str
@@ -63,6 +66,21 @@ class ChunkReport(msgspec.Struct, frozen=True):
     chunk_sha256: str = ""
     statement_sha256: str = ""
     accounting: Accounting | None = None
+
+
+class Archived(msgspec.Struct, frozen=True):
+    """How much of the chain has links, signatures and accounting here, and its lines elsewhere."""
+
+    chunks: int
+    lines: int
+    bytes: int
+
+
+class ChunkNote(msgspec.Struct, frozen=True):
+    """A note and the chunk that records it."""
+
+    chunk: int
+    note: Note
 
 
 class OpenChunk(msgspec.Struct, frozen=True):
@@ -81,7 +99,10 @@ class HeadCheck(msgspec.Struct, frozen=True):
 
 
 class ChainReport(msgspec.Struct, frozen=True):
-    """The answer about a chain.  `valid` is true when there is no fault at all."""
+    """The answer about a chain.  `valid` is true when there is no fault at all.
+
+    `lines` and `bytes` count every chunk, the archived ones too.
+    """
 
     format: int
     valid: bool
@@ -95,6 +116,8 @@ class ChainReport(msgspec.Struct, frozen=True):
     filtered_by_cause: dict[str, int]
     lines: int
     bytes: int
+    archived: Archived
+    notes: list[ChunkNote]
     chunks: list[ChunkReport]
     open: OpenChunk | None
     head: HeadCheck
@@ -115,6 +138,17 @@ def _place(chunk: int | None) -> str:
     return f"chunk {chunk}" if chunk is not None else "chain"
 
 
+def _note(told: ChunkNote) -> str:
+    note = told.note
+    span = f" of chunks {note.first} to {note.last}" if note.first else ""
+    return f"chunk {told.chunk}: {_plain(f'{note.kind}{span} at {note.at}: {note.text}'.removesuffix(': '))}"
+
+
+def _plain(text: str) -> str:
+    """Return text of the evidence in a form that cannot drive a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:400])
+
+
 def render_text(report: ChainReport, verbose: bool = False) -> str:
     """Return the report for people.  The first line is exactly `Chain Status: ✓ VALID` or `… ✗ INVALID`."""
     out = [f"Chain Status: {'✓ VALID' if report.valid else '✗ INVALID'}"]
@@ -127,11 +161,21 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
             out.append(f"  Reason: {first.message} ({first.code})")
         if first.hint:
             out.append(f"  Hint: {first.hint}")
-    signed = sum(chunk.status == VALID_PENDING for chunk in report.chunks)
+    signed = sum(chunk.status in (VALID_PENDING, ARCHIVED) for chunk in report.chunks)
     sums = report.totals
     if report.chain_id:
         out.append(f"  Chain: {report.chain_id} of node {report.node}, since {report.created}")
+    if (before := report.predecessor) is not None:
+        known = (
+            f"chain {before.chain_id} up to chunk {before.index}" if before.chain_id else "a chain that is not known"
+        )
+        out.append(f"  Follows: {known}: {_plain(before.reason)}")
     out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
+    if report.archived.chunks:
+        out.append(
+            f"  Archived: {report.archived.chunks} of these chunks, {report.archived.lines} events: links, signatures"
+            " and accounting hold; their lines are not here"
+        )
     out.append(
         f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered"
         f" + {sums.lost} lost"
@@ -147,6 +191,7 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
         out += [f"    {_place(f.chunk)}: {f.code}: {f.message}" for f in shown]
         if len(shown) < len(report.faults):
             out.append(f"    … {len(report.faults) - len(shown)} more (--verbose shows all)")
+    out += [f"  Note: {_note(told)}" for told in report.notes]
     out += [f"  Warning: {_place(w.chunk)}: {w.message}" for w in report.warnings]
     if verbose:
         out += [f"    filtered {cause}: {n}" for cause, n in sorted(report.filtered_by_cause.items()) if n]

@@ -1,7 +1,7 @@
 """The evidence directory and its half of the state directory: made, checked, read back.
 
     output_directory/   chain.json, keys/*.pem, the chunks' files
-    state_directory/    keys/signing.key, keys/trusted.json, head.json
+    state_directory/    keys/signing.key, keys/trusted.json, head.json, notes/
 
 `initialise` may be called any number of times: it completes what a crash left half done, and refuses what no
 crash of ours can leave.
@@ -23,6 +23,8 @@ from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
 
 HEAD = "head.json"
+#: Held (flock) by the signer of the chain, in the state directory.
+SIGNER_LOCK = "signer.lock"
 
 
 class Places(msgspec.Struct, frozen=True):
@@ -35,6 +37,11 @@ class Places(msgspec.Struct, frozen=True):
     def head(self) -> Path:
         """The file that remembers the newest statement outside the evidence."""
         return self.state / HEAD
+
+    @property
+    def notes(self) -> Path:
+        """The directory of notes that wait for the signer."""
+        return self.state / "notes"
 
     def chunk(self, index: int, kind: str) -> Path:
         """Return the path of one of a chunk's files."""
@@ -87,6 +94,7 @@ def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
     for directory, mode in (
         (where.state, 0o700),
         (where.state / "keys", 0o700),
+        (where.notes, 0o700),
         (where.evidence, 0o750),
         (where.evidence / names.KEYS, 0o750),
     ):

@@ -21,16 +21,26 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted, UsageError
-from stella_shared.evidence import archive, canonical, dsse, keys, names, records, report, statement
+from stella_shared.evidence import archive, canonical, dsse, keys, names, notes, records, report, statement
 from stella_shared.evidence.disk import TMP_SUFFIX
 from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
-from stella_shared.evidence.report import ChainReport, ChunkReport, Fault, HeadCheck, OpenChunk, Warning
+from stella_shared.evidence.report import (
+    Archived,
+    ChainReport,
+    ChunkNote,
+    ChunkReport,
+    Fault,
+    HeadCheck,
+    OpenChunk,
+    Warning,
+)
 from stella_shared.evidence.statement import Statement
 
 MAX_JSON_BYTES: Final = 64 << 20
 _IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
 _LISTING_TRIES: Final = 5
+_WALK_TRIES: Final = 3
 
 Progress = Callable[[int, int], None]
 
@@ -53,7 +63,13 @@ def verify_chain(
         raise NotFound(f"no evidence at {path}", hint="name an evidence directory, or a .tar.gz of one")
     try:
         if path.is_dir():
-            return _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress).run()
+            for left in reversed(range(_WALK_TRIES)):
+                try:
+                    return _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress).run()
+                except FileNotFoundError:
+                    # A cleanup took a file that was listed a moment before: what is there now is asked.
+                    if not left:
+                        raise
         if not path.name.endswith(archive.SUFFIXES):
             raise UsageError(f"{path} is neither a directory nor one of {', '.join(archive.SUFFIXES)}")
         with archive.unpacked(path) as inside:
@@ -117,6 +133,8 @@ class _Walk:
         self._last_signed = 0
         self._lost: dict[str, int] = {}
         self._filtered: dict[str, int] = {}
+        self._bare: set[int] = set()
+        self._notes: list[ChunkNote] = []
 
     def _fault(self, code: str, chunk: int | None, message: str, hint: str = "") -> None:
         self._faults.append(Fault(code, chunk, message, hint))
@@ -174,6 +192,7 @@ class _Walk:
         kinds = self._chunk_files(listing)
         opened = self._open_chunk(kinds)
         self._walk(kinds, head)
+        self._settle_bare()
         self._check_end(head)
         return self._report(opened, head)
 
@@ -282,6 +301,9 @@ class _Walk:
     def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Head | None) -> None:
         faults_before = len(self._faults)
         needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
+        if {names.LEDGER, names.ENVELOPE} <= files and names.DATA not in files:
+            needed.discard(names.DATA)
+            self._bare.add(index)
         for kind in sorted(needed - files):
             self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing")
         stated, statement_sha256, key_id = self._envelope(index) if names.ENVELOPE in files else (None, "", "")
@@ -295,6 +317,9 @@ class _Walk:
         if ledger is not None:
             data_is_signed = digest is not None and digest.sha256 == ledger.sha256
             self._identity(index, ledger, checker if data_is_signed else None)
+            for message in notes.form_faults(ledger):
+                self._fault("malformed", index, message)
+            self._notes += [ChunkNote(index, note) for note in ledger.notes]
         if unsigned_tail:
             self._warn("unsigned", index, "closed, and not signed yet: nothing vouches for it")
         clean = len(self._faults) == faults_before
@@ -320,6 +345,19 @@ class _Walk:
             statement_sha256,
         )
         self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
+
+    def _settle_bare(self) -> None:
+        """Say of chunks whose lines are not here whether a signed note of a later chunk accounts for that."""
+        sound = {c.index for c in self._chunks if c.status not in (report.INVALID, report.UNSIGNED)}
+        archived = notes.covered(self._bare, [(told.chunk, told.note) for told in self._notes if told.chunk in sound])
+        for index in sorted(self._bare - archived):
+            name = names.chunk_file(index, names.DATA)
+            self._fault("missing", index, f"{name} is missing, and no signed note says that it was cleaned up")
+        for place, chunk in enumerate(self._chunks):
+            if chunk.index in self._bare - archived:
+                self._chunks[place] = msgspec.structs.replace(chunk, status=report.INVALID)
+            elif chunk.index in archived and chunk.status not in (report.INVALID, report.UNTRUSTED_KEY):
+                self._chunks[place] = msgspec.structs.replace(chunk, status=report.ARCHIVED)
 
     def _envelope(self, index: int) -> tuple[Statement | None, str, str]:
         """Return (statement, its SHA-256, key id) of a chunk; faults say what does not hold."""
@@ -521,6 +559,12 @@ class _Walk:
             filtered_by_cause=dict(sorted(self._filtered.items())),
             lines=sum(chunk.lines for chunk in self._chunks),
             bytes=sum(chunk.bytes for chunk in self._chunks),
+            archived=Archived(
+                sum(chunk.status == report.ARCHIVED for chunk in self._chunks),
+                sum(chunk.lines for chunk in self._chunks if chunk.status == report.ARCHIVED),
+                sum(chunk.bytes for chunk in self._chunks if chunk.status == report.ARCHIVED),
+            ),
+            notes=self._notes,
             chunks=self._chunks,
             open=opened,
             head=HeadCheck(str(self._head_path), head.index, head.statement_sha256) if head else HeadCheck(),
