@@ -330,6 +330,26 @@ def cleanup(keep_chain_state: bool, older_than: str, dry_run: bool) -> None:
     cleaning.run(_settings(), older_than, keep_chain_state=keep_chain_state, dry_run=dry_run)
 
 
+@signals.command("reset-chain", short_help="Leave the chain for a new one that names it.")
+@_everywhere
+@click.option("--confirm", is_flag=True, help="Do it. Without this the command only says what it would do.")
+@click.option("--reason", metavar="TEXT", help="Why; it stands in the new chain.")
+def reset_chain(confirm: bool, reason: str | None) -> None:
+    """Move the evidence aside, whole, and begin a new chain that names the old one and the reason.
+
+    The node must be stopped.  The old evidence goes to a directory beside it and verifies there as before.
+    What a crash leaves half done is completed by the same command, or by init.
+
+    \b
+    Example:
+      stella signals reset-chain --confirm --reason "disk was replaced"
+    Exit codes: 0 done, 2 without --confirm, 4 there is no chain, 10 a node or a signer runs
+    """
+    from stella_cli import resetting
+
+    resetting.run(_settings(), confirm=confirm, reason=reason)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.  Every failure has been told on stderr by then."""
     as_json = failure.wants_json(arguments)

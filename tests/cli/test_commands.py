@@ -19,6 +19,7 @@ from stella_shared.config import load as load_config
 
 RUNBOOK_COMMANDS = (
     "cleanup",
+    "reset-chain",
     "init",
     "start",
     "stop",

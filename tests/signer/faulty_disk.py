@@ -54,7 +54,9 @@ class FaultyDisk(Disk):
             if not path.exists() and self._random.random() < 0.5:
                 path.write_bytes(gone)
         for old, new, content in reversed(self._renames):
-            if new.exists() and self._random.random() < 0.5:
+            if new.is_dir() and self._random.random() < 0.5:
+                os.rename(new, old)
+            elif new.is_file() and self._random.random() < 0.5:
                 old.write_bytes(new.read_bytes())
                 self._durable[old] = self._durable.pop(new, 0)
                 new.unlink() if content is None else new.write_bytes(content)
@@ -98,7 +100,7 @@ class FaultyDisk(Disk):
 
     def rename(self, old: Path, new: Path) -> None:
         def do() -> None:
-            content = new.read_bytes() if new.exists() else None
+            content = new.read_bytes() if new.is_file() else None
             Disk.rename(self, old, new)
             self._renames.append((old, new, content))
             self._durable[new] = self._durable.pop(old, new.stat().st_size)

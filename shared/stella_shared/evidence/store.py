@@ -9,20 +9,23 @@ crash of ours can leave.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from stella_shared import clock, config
 from stella_shared.config import Signals
-from stella_shared.errors import ConfigError, NotFound, NotPermitted
-from stella_shared.evidence import canonical, keys, names
+from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError, TryAgain
+from stella_shared.evidence import canonical, keys, names, reset
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
 
-HEAD = "head.json"
+HEAD = reset.HEAD
 #: Held (flock) by the signer of the chain, in the state directory.
 SIGNER_LOCK = "signer.lock"
 
@@ -70,8 +73,8 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
     """Make directories, key and chain where they are missing; leave everything else as it is.
 
     An evidence directory that was emptied gets a new chain, whose predecessor is the one `head.json` tells
-    of.  Raises `ConfigError`, naming the fix, when what is there is corrupt or half there, and `NotPermitted`
-    when the file system refuses.
+    of.  A reset that was begun is carried through first.  Raises `ConfigError`, naming the fix, when what is
+    there is corrupt or half there, and `NotPermitted` when the file system refuses.
     """
     disk = disk or Disk()
     where = places(signals)
@@ -90,7 +93,51 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
         ) from None
 
 
+@contextlib.contextmanager
+def signer_lock(where: Places) -> Iterator[None]:
+    """Hold the signer's lock for the block: no signer writes meanwhile.  Raises `TryAgain` when one has it."""
+    with (where.state / SIGNER_LOCK).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TryAgain(
+                f"a signer writes to {where.evidence}", hint="stop the node first: stella signals stop"
+            ) from None
+        yield
+
+
 def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
+    if (begun := reset.pending(where.state)) is None:
+        return _make(where, node, disk, None)
+    with signer_lock(where):
+        reset.move_aside(where.evidence, where.state, begun, disk)
+        made = _make(where, node, disk, begun.predecessor)
+        reset.finish(where.state, disk)
+    return made
+
+
+def _check_readable(where: Places) -> None:
+    """Raise `ConfigError` naming every document that is damaged, each with its fix."""
+    damaged: list[StellaError] = []
+    for read in (
+        lambda: read_chain(where.evidence),
+        lambda: read_head(where),
+        lambda: keys.load_trusted(where.state),
+    ):
+        try:
+            read()
+        except ConfigError as e:
+            damaged.append(e)
+    if damaged:
+        raise ConfigError(
+            "\n".join(str(e) for e in damaged),
+            hint="\n".join(e.hint for e in damaged),
+            runbook="emergency-clear-corrupted-state",
+        )
+
+
+def _make(where: Places, node: str, disk: Disk, left: Predecessor | None) -> Initialised:
+    """Make what is missing.  `left` is what a reset says of the chain before, when a new one must be made."""
     for directory, mode in (
         (where.state, 0o700),
         (where.state / "keys", 0o700),
@@ -101,12 +148,14 @@ def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
         if not directory.is_dir():
             directory.mkdir(mode=mode, parents=True)
             disk.sync_directory(directory.parent)
+    _check_readable(where)
     chain = read_chain(where.evidence)
     chunks = sorted(name for name in _names(where.evidence) if names.parse_chunk_file(name))
     if chain is None and chunks:
         raise ConfigError(
             f"{where.evidence} holds chunks ({chunks[0]} …) but no {names.CHAIN}",
-            hint=f"restore {names.CHAIN} from a backup, or move everything out of the directory and init again",
+            hint=f"restore {names.CHAIN} from a backup, or begin a new chain: stella signals reset-chain --confirm",
+            runbook="emergency-clear-corrupted-state",
         )
     if chain is not None and chain.node != node:
         raise ConfigError(
@@ -117,11 +166,8 @@ def _initialise(where: Places, node: str, disk: Disk) -> Initialised:
     new_chain = chain is None
     if chain is None:
         head = read_head(where)
-        predecessor = (
-            Predecessor(head.chain_id, head.index, head.statement_sha256, "the evidence directory was emptied")
-            if head
-            else None
-        )
+        emptied = "the evidence directory was emptied"
+        predecessor = left or (Predecessor(head.chain_id, head.index, head.statement_sha256, emptied) if head else None)
         chain = Chain(FORMAT, secrets.token_hex(16), node, clock.utc_text(time.time_ns()), predecessor)
         disk.put(where.evidence / names.CHAIN, canonical.dumps(chain))
     return Initialised(
@@ -139,8 +185,8 @@ def _key(where: Places, disk: Disk, *, has_chunks: bool) -> tuple[str, bool]:
         if has_chunks:
             raise ConfigError(
                 f"{where.evidence} holds chunks, but the key that signs them is gone",
-                hint=f"restore {where.state / 'keys' / keys.SIGNING_KEY} from a backup, or move the evidence away "
-                "and init again: the new chain names this one as its predecessor",
+                hint=f"restore {where.state / 'keys' / keys.SIGNING_KEY} from a backup, or begin a new chain, which "
+                "names this one as its predecessor: stella signals reset-chain --confirm",
             ) from None
         key, new = keys.create_local_key(where.state, disk), True
     identity = keys.key_id(key.public_key())
@@ -169,7 +215,7 @@ def read_chain(evidence: Path) -> Chain | None:
         return None
     except ValueError as e:
         raise ConfigError(
-            f"{path}: {e}", hint="restore it from a backup, or move the evidence away and run: stella signals init"
+            f"{path}: {e}", hint="restore it from a backup, or begin a new chain: stella signals reset-chain --confirm"
         ) from None
     if chain.format != FORMAT:
         raise ConfigError(f"{path} is of format {chain.format}, this release writes {FORMAT}")
@@ -185,5 +231,6 @@ def read_head(where: Places) -> Head | None:
     except ValueError as e:
         raise ConfigError(
             f"{where.head}: {e}",
-            hint="with the evidence in place it can be removed: the signer rebuilds it; else restore it from a backup",
+            hint=f"mv {where.head} {where.head}.corrupt: with the evidence in place the signer makes it anew; "
+            "without, the new chain cannot name its predecessor",
         ) from None
