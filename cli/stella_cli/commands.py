@@ -283,15 +283,25 @@ def test_probes(form: str | None) -> None:
     help="A key to trust: its fingerprint (sha256:…) or a PEM file. May be repeated. "
     "Otherwise the keys this node knows.",
 )
-def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys: tuple[str, ...]) -> int:
+@click.option(
+    "--head",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="A newer statement kept elsewhere, to see a cut at the end: head.json, a manifest, or the dsse.json or "
+    "sigstore.json of a later chunk.",
+)
+def verify_chain(
+    path: str, *, verbose: bool, form: str | None, offline: bool, keys: tuple[str, ...], head: str | None
+) -> int:
     """Check evidence: every line, chunk, signature and the chain, and that nothing is unaccounted for.
 
-    PATH is an evidence directory or a .tar.gz of one.
+    PATH is an evidence directory, what `import` made, or an archive (.tar.gz): of a directory, or by `export`.
 
     \b
     Examples:
       stella signals verify-chain /var/lib/stellaops/evidence/
       stella signals verify-chain evidence.tar.gz --key signer.pem
+      stella signals verify-chain january-evidence.tar.gz --head manifest.json
       stella signals verify-chain /var/lib/stellaops/evidence/ --verbose --format json
     Exit codes: 0 valid, 1 invalid (the output says at which chunk and why), 4 no such path
     """
@@ -302,6 +312,7 @@ def verify_chain(path: str, verbose: bool, form: str | None, offline: bool, keys
         config=_remembered("config"),
         target=_remembered("target"),
         keys=list(keys),
+        head=head,
         verbose=verbose,
         as_json=form == "json",
     )
@@ -348,6 +359,82 @@ def reset_chain(confirm: bool, reason: str | None) -> None:
     from stella_cli import resetting
 
     resetting.run(_settings(), confirm=confirm, reason=reason)
+
+
+@signals.command(short_help="Write a part of the chain into one signed archive.")
+@_everywhere
+@click.option("--from", "start", metavar="TIME", default="", help="First day (UTC, inclusive) or RFC 3339 time.")
+@click.option("--to", "end", metavar="TIME", default="", help="Last day (UTC, inclusive) or RFC 3339 time.")
+@click.option("--include-proofs", is_flag=True, help="With the bundles, timestamps and certificates of logs.")
+@click.option("--output", metavar="FILE", required=True, help="The archive to write: a name in .tar.gz.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def export(start: str, end: str, include_proofs: bool, output: str, force: bool) -> None:
+    """Write the signed chunks that were open in a time into one archive, with a manifest signed by this node.
+
+    Without --from and --to it is the whole chain.  The same chunks give the same bytes.
+
+    \b
+    Example:
+      stella signals export --from 2026-01-01 --to 2026-01-31 --include-proofs --output january-evidence.tar.gz
+    Exit codes: 0 written, 1 the chain does not verify, 2 the file is there, 4 no chunk was open in that time
+    """
+    from stella_cli import exporting
+
+    exporting.run(_settings(), start, end, output, proofs=include_proofs, force=force)
+
+
+@signals.command(short_help="Show what an exported archive holds, as JSON.")
+@_everywhere
+@click.argument("archive", type=click.Path())
+def manifest(archive: str) -> None:
+    """Show what an exported archive holds: its digest, its signed manifest, every file.
+
+    Carry the output apart from the archive: import and verify-chain compare the archive with it.
+
+    \b
+    Example:
+      stella signals manifest january-evidence.tar.gz > manifest.json
+    Exit codes: 0 it is whole, 1 it is not, 4 no such file
+    """
+    from stella_cli import exporting
+
+    exporting.manifest(archive)
+
+
+@signals.command("import", short_help="Check an exported archive and put it in place.")
+@_everywhere
+@click.argument("archive", type=click.Path())
+@click.option("--to", default="/imported/evidence", show_default=True, metavar="DIR", help="Where to put it.")
+@click.option("--manifest", "carried", metavar="FILE", help="What `stella signals manifest` said of this archive.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="A key to trust, remembered beside DIR: its fingerprint (sha256:…) or a PEM file. May be repeated. "
+    "Otherwise the keys known there and on this node.",
+)
+def import_(archive: str, to: str, carried: str | None, keys: tuple[str, ...]) -> None:
+    """Check an exported archive, wholly, and only then put its evidence in place.
+
+    An archive that is refused leaves nothing behind.  The next part of the same chain joins what is there.
+
+    \b
+    Examples:
+      stella signals import january-evidence.tar.gz --key signer.pem
+      stella signals import february-evidence.tar.gz --manifest february.json --to ./evidence
+    Exit codes: 0 imported, 1 refused, 2 no key is trusted or the place is taken, 4 no such file
+    """
+    from stella_cli import importing
+
+    importing.run(
+        archive,
+        to,
+        carried=carried,
+        given=list(keys),
+        config=_remembered("config"),
+        target=_remembered("target"),
+    )
 
 
 def run(arguments: list[str]) -> int:

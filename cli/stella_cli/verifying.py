@@ -18,11 +18,29 @@ from stella_shared.evidence.store import HEAD
 from stella_shared.evidence.verify import verify_chain
 
 
-def run(path: Path, *, config: str | None, target: str | None, keys: list[str], verbose: bool, as_json: bool) -> int:
-    """Print the answer about `path`; return the exit code: 0 valid, 1 invalid."""
-    trusted, head = _trust(path, config, target, keys)
+def run(
+    path: Path,
+    *,
+    config: str | None,
+    target: str | None,
+    keys: list[str],
+    head: str | None,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Print the answer about `path`; return the exit code: 0 valid, 1 invalid.
+
+    `head` names a pinned end; without it the node's own evidence is compared with the node's head.json.
+    """
+    trusted, own_head = _trust(path, config, target, keys)
     with progress_bar() as progress:
-        report = verify_chain(path, trusted_keys=trusted, head=head, progress=progress)
+        report = verify_chain(
+            path,
+            trusted_keys=trusted,
+            head=Path(head) if head else own_head,
+            progress=progress,
+            own=own_head is not None,
+        )
     if as_json:
         sys.stdout.buffer.write(encode_report(report))
     else:
@@ -35,7 +53,7 @@ def run(path: Path, *, config: str | None, target: str | None, keys: list[str], 
 def _trust(path: Path, config: str | None, target: str | None, keys: list[str]) -> tuple[set[str] | None, Path | None]:
     """Return the keys to trust and the head to compare with; None asks the state beside the evidence."""
     if keys:
-        return {_key_id(key) for key in keys}, None
+        return {key_id(key) for key in keys}, None
     chosen = settings.load(config, target)
     own = path.absolute() == Path(chosen.signals.output_directory)
     beside = path.is_dir() and (path.absolute().parent / "state" / "keys" / evidence_keys.TRUSTED).exists()
@@ -70,7 +88,7 @@ def own_chain(chosen: Settings) -> ChainReport:
     return found
 
 
-def _key_id(text: str) -> str:
+def key_id(text: str) -> str:
     """Return the key id that `--key` names: a fingerprint, or that of a PEM file."""
     name = text.removeprefix("sha256:").lower()
     if len(name) == 64 and set(name) <= set("0123456789abcdef"):
@@ -91,7 +109,7 @@ def _key_id(text: str) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(doing: str = "checking", things: str = "chunks") -> Iterator[Callable[[int, int], None] | None]:
     """Give what draws a bar on stderr; nothing when that is no terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -100,12 +118,12 @@ def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("checking"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("chunks"),
+        TextColumn(things),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 
 from chain_maker import Node, small_chain  # noqa: E402
+from export_maker import months  # noqa: E402
 
-__all__ = ["Node", "Site", "small_chain"]
+__all__ = ["Node", "Site", "months", "small_chain"]
 
 
 def environment() -> dict[str, str]:

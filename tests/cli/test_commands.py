@@ -20,6 +20,9 @@ from stella_shared.config import load as load_config
 RUNBOOK_COMMANDS = (
     "cleanup",
     "reset-chain",
+    "export",
+    "manifest",
+    "import",
     "init",
     "start",
     "stop",

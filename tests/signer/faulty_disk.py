@@ -107,6 +107,9 @@ class FaultyDisk(Disk):
 
         self._step(do)
 
+    def exchange(self, one: Path, other: Path) -> None:
+        self._step(lambda: Disk.exchange(self, one, other))
+
     def remove(self, path: Path) -> None:
         def do() -> None:
             if path.exists():

@@ -27,6 +27,7 @@ from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals
 from stella_shared.errors import BrokenPromise, StellaError, TryAgain
 from stella_shared.evidence import keys, notes
+from stella_shared.evidence.export import Times
 from stella_shared.evidence.store import places
 from stella_shared.wire import Beat, Histogram, decode_head
 from stella_signer import errands
@@ -332,16 +333,27 @@ class Signer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the signer of a node: `--config FILE [--instance NAME] [--once]`.  Returns the exit code."""
+    """Run the signer of a node: `--config FILE [--instance NAME]`.  Returns the exit code.
+
+    `--once` and `--manifest` do one errand for a command and end.
+    """
     parser = argparse.ArgumentParser(prog="stella-signer", description="Turns enriched events into signed chunks.")
     parser.add_argument("--config", type=Path, help="configuration file (defaults without one)")
     parser.add_argument("--instance", default="", help="name in heartbeats (the node's name by default)")
     parser.add_argument("--once", action="store_true", help="recover, record waiting notes, sign, and end")
+    parser.add_argument("--manifest", action="store_true", help="print the signed manifest of an export, and end")
+    parser.add_argument("--since", default="", metavar="TIME", help="of the export: from this time on")
+    parser.add_argument("--until", default="", metavar="TIME", help="of the export: before this time")
+    parser.add_argument("--proofs", action="store_true", help="of the export: with the proofs of logs")
     options = parser.parse_args(argv)
     try:
         signals = config.load(options.config, os.environ)
         if options.once:
             errands.record_notes(signals)
+            return 0
+        if options.manifest:
+            asked = Times(options.since, options.until)
+            sys.stdout.buffer.write(errands.sign_manifest(signals, asked, proofs=options.proofs))
             return 0
         allocator.keep_large_blocks()
         anyio.run(Signer(signals, options.instance).run)

@@ -170,17 +170,13 @@ class ChunkStore:
 
     def _check_removed(self, bare: set[int], closed: list[int]) -> None:
         """Refuse to write on where lines are gone and no note says that they were cleaned up."""
-        for index in reversed(closed):
-            if not bare:
-                return
-            try:
-                bare -= notes.covered(bare, [(index, note) for note in notes.recorded(self._where, index)])
-            except ValueError as e:
-                raise ConfigError(f"{self._where.chunk(index, names.LEDGER)}: {e}", hint=_RESTORE) from None
-        if bare:
-            raise ConfigError(
-                f"{self._where.chunk(min(bare), names.DATA)} is missing, and no cleanup of it is noted", hint=_RESTORE
-            )
+        try:
+            lost = notes.unaccounted(self._where, bare, closed)
+        except ValueError as e:
+            raise ConfigError(f"a ledger in {self._where.evidence}: {e}", hint=_RESTORE) from None
+        if lost:
+            path = self._where.chunk(min(lost), names.DATA)
+            raise ConfigError(f"{path} is missing, and no cleanup of it is noted", hint=_RESTORE)
 
     def _stand_after(self, closed: list[int], kinds: dict[int, set[str]]) -> None:
         """Continue after the newest closed chunk, or after the chain before this one."""

@@ -7,6 +7,8 @@ import time
 from stella_shared import VERSION, clock
 from stella_shared.config import Signals
 from stella_shared.errors import TryAgain
+from stella_shared.evidence import export, manifest
+from stella_shared.evidence.export import Times
 from stella_shared.evidence.store import places
 from stella_signer.chunks import ChunkStore
 from stella_signer.signing import LocalKey
@@ -34,3 +36,14 @@ def record_notes(signals: Signals) -> None:
             store.release()
     except OSError as e:
         raise TryAgain(f"{e.filename or where.evidence}: {e.strerror}", hint="see whether the disk is full") from None
+
+
+def sign_manifest(signals: Signals, asked: Times, *, proofs: bool) -> bytes:
+    """Return the signed manifest of an export: it is made here from the evidence, so nothing else gets signed.
+
+    Raises as `export.build` does, and `UsageError` for times of another form.
+    """
+    export.check_times(asked)
+    where = places(signals)
+    key = LocalKey.load(where.state)
+    return key.repeatable_envelope(manifest.encode(export.build(where, asked, proofs=proofs)))

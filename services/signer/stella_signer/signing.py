@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -24,5 +25,16 @@ class LocalKey:
 
     def envelope(self, payload: bytes) -> bytes:
         """Return the DSSE envelope of a statement's bytes.  ECDSA is randomised: sign once, keep the bytes."""
-        signature = self._key.sign(dsse.pae(dsse.PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
-        return dsse.seal(payload, self.key_id, signature)
+        return self._seal(payload, ec.ECDSA(hashes.SHA256()))
+
+    def repeatable_envelope(self, payload: bytes) -> bytes:
+        """Return the DSSE envelope of a statement's bytes: the same envelope each time (RFC 6979)."""
+        try:
+            scheme = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        except UnsupportedAlgorithm:
+            # OpenSSL before 3.2 cannot; the envelope is as good, and another one each time.
+            return self.envelope(payload)
+        return self._seal(payload, scheme)
+
+    def _seal(self, payload: bytes, scheme: ec.ECDSA) -> bytes:
+        return dsse.seal(payload, self.key_id, self._key.sign(dsse.pae(dsse.PAYLOAD_TYPE, payload), scheme))

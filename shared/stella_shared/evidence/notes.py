@@ -141,6 +141,19 @@ def recorded(where: Places, index: int) -> list[Note]:
         raise ValueError(str(e)) from None
 
 
+def unaccounted(where: Places, bare: set[int], closed: list[int]) -> set[int]:
+    """Return those of the chunks `bare` that no cleanup noted in one of the chunks `closed` accounts for.
+
+    Raises `ValueError` for a ledger that is none.  The newest are read first: there the notes are.
+    """
+    left = set(bare)
+    for index in sorted(closed, reverse=True):
+        if not left:
+            break
+        left -= covered(left, [(index, note) for note in recorded(where, index)])
+    return left
+
+
 def covered(bare: set[int], told: Iterable[tuple[int, Note]]) -> set[int]:
     """Return those of the chunks `bare` that a `cleanup` note of a later chunk accounts for.
 

@@ -101,7 +101,8 @@ class HeadCheck(msgspec.Struct, frozen=True):
 class ChainReport(msgspec.Struct, frozen=True):
     """The answer about a chain.  `valid` is true when there is no fault at all.
 
-    `lines` and `bytes` count every chunk, the archived ones too.
+    `lines` and `bytes` count every chunk, the archived ones too.  `state` says how much of the chain is here:
+    `complete`, `range` (chunks `first` to `last`, as a signed manifest declares), `gap`, `forked`, `truncated`.
     """
 
     format: int
@@ -111,6 +112,9 @@ class ChainReport(msgspec.Struct, frozen=True):
     node: str
     created: str
     predecessor: Predecessor | None
+    state: str
+    first: int
+    last: int
     totals: Accounting
     lost_by_cause: dict[str, int]
     filtered_by_cause: dict[str, int]
@@ -170,6 +174,10 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
             f"chain {before.chain_id} up to chunk {before.index}" if before.chain_id else "a chain that is not known"
         )
         out.append(f"  Follows: {known}: {_plain(before.reason)}")
+    if report.state == "range":
+        out.append(f"  State: range, chunks {report.first} to {report.last}, as a signed manifest declares")
+    else:
+        out.append(f"  State: {report.state}")
     out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
     if report.archived.chunks:
         out.append(

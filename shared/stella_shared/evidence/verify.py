@@ -21,9 +21,23 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted, UsageError
-from stella_shared.evidence import archive, canonical, dsse, keys, names, notes, records, report, statement
+from stella_shared.evidence import (
+    archive,
+    canonical,
+    dsse,
+    extent,
+    keys,
+    manifest,
+    names,
+    notes,
+    pins,
+    records,
+    report,
+    statement,
+)
 from stella_shared.evidence.disk import TMP_SUFFIX
 from stella_shared.evidence.lines import Digest, LineChecker, Reader, blocks
+from stella_shared.evidence.pins import Pin
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
 from stella_shared.evidence.report import (
     Archived,
@@ -51,8 +65,13 @@ def verify_chain(
     trusted_keys: set[str] | None = None,
     head: Path | None = None,
     progress: Progress | None = None,
+    own: bool = False,
 ) -> ChainReport:
     """Return the answer about the evidence in `path`: a directory, or a .tar, .tar.gz or .tgz of one.
+
+    A signed manifest in it declares which part of a chain it is meant to be.  `head` is a pinned end (`pins`).
+    A node's `own` evidence is whole: there a manifest would only hide a cut, so it is a fault.  The directory
+    beside which `state` holds a signing key is taken for such.
 
     `trusted_keys` are key ids in hex (`sha256:` may stand before).  Without them, and without `head`, the
     directory `state` beside the evidence is asked; an archive is never asked about its own trust.
@@ -65,7 +84,8 @@ def verify_chain(
         if path.is_dir():
             for left in reversed(range(_WALK_TRIES)):
                 try:
-                    return _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress).run()
+                    walk = _Walk(path, path, trusted=trusted_keys, head=head, strange=[], progress=progress, own=own)
+                    return walk.run()
                 except FileNotFoundError:
                     # A cleanup took a file that was listed a moment before: what is there now is asked.
                     if not left:
@@ -112,6 +132,7 @@ class _Walk:
         head: Path | None,
         strange: list[str],
         progress: Progress | None,
+        own: bool = False,
     ) -> None:
         self._shown = shown
         self._directory = directory
@@ -122,6 +143,9 @@ class _Walk:
         self._trusted = self._trust(trusted, state)
         self._head_path = head or (state / "head.json" if state else None)
         self._head_required = head is not None
+        self._own = own or (state is not None and (state / "keys" / keys.SIGNING_KEY).exists())
+        self._declared: list[manifest.Manifest] = []
+        self._first = names.FIRST_INDEX
         self._strange = strange
         self._keys: dict[str, ec.EllipticCurvePublicKey] = {}
         self._chain: Chain | None = None
@@ -130,6 +154,7 @@ class _Walk:
         self._before: _Known | None = None
         self._standing: Standing | None = records.standing_after([], [])
         self._at_head: Head | None = None
+        self._statements: dict[int, str] = {}
         self._last_signed = 0
         self._lost: dict[str, int] = {}
         self._filtered: dict[str, int] = {}
@@ -156,7 +181,7 @@ class _Walk:
             self._warn("no_trust", None, str(e))
             return {}
 
-    def _read_head(self) -> Head | None:
+    def _read_head(self) -> Pin | None:
         if self._head_path is None:
             return None
         try:
@@ -174,7 +199,7 @@ class _Walk:
             self._fault("malformed", None, f"{self._head_path}: {e}")
             return None
         try:
-            return canonical.loads(data, Head)
+            return pins.read(data)
         except ValueError as e:
             self._fault(_form(e), None, f"{self._head_path}: {e}")
             return None
@@ -191,8 +216,10 @@ class _Walk:
             self._fault("inserted", None, f"{name} is no file of an evidence directory")
         kinds = self._chunk_files(listing)
         opened = self._open_chunk(kinds)
+        self._read_declared(listing)
         self._walk(kinds, head)
         self._settle_bare()
+        self._check_declared()
         self._check_end(head)
         return self._report(opened, head)
 
@@ -257,6 +284,8 @@ class _Walk:
             file = names.parse_chunk_file(name)
             if file is not None and kind == "file":
                 kinds.setdefault(file.index, set()).add(file.kind)
+            elif names.is_manifest(name) and kind == "file" and not self._own:
+                pass
             elif name not in (names.CHAIN, names.KEYS) and not (kind == "directory" and name in _IGNORED_DIRECTORIES):
                 base = name.removesuffix(TMP_SUFFIX)
                 if not self._left_over(name, names.parse_chunk_file(base) or (base == names.CHAIN or None), name):
@@ -286,9 +315,11 @@ class _Walk:
 
     # -- the chunks ------------------------------------------------------------------------------------
 
-    def _walk(self, kinds: dict[int, set[str]], head: Head | None) -> None:
+    def _walk(self, kinds: dict[int, set[str]], head: Pin | None) -> None:
         last_enveloped = max((i for i, files in kinds.items() if names.ENVELOPE in files), default=0)
-        expected = names.FIRST_INDEX
+        expected = self._first = extent.first_chunk(self._declared, kinds)
+        if expected != names.FIRST_INDEX:
+            self._take_anchor(expected - 1, kinds.pop(expected - 1, set()))
         for done, index in enumerate(sorted(kinds), 1):
             if index != expected:
                 span = f"chunk {expected} is" if index == expected + 1 else f"chunks {expected} to {index - 1} are"
@@ -298,7 +329,7 @@ class _Walk:
             expected = index + 1
             self._progress(done, len(kinds))
 
-    def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Head | None) -> None:
+    def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Pin | None) -> None:
         faults_before = len(self._faults)
         needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
         if {names.LEDGER, names.ENVELOPE} <= files and names.DATA not in files:
@@ -335,21 +366,24 @@ class _Walk:
         self._chunks.append(_chunk_report(index, status, ledger, key_id, statement_sha256))
         if stated is not None:
             self._last_signed = index
+            self._statements[index] = statement_sha256
             if head is not None and ledger is not None and head.index == index:
                 self._at_head = records.head_of(ledger, statement_sha256, key_id)
-        self._before = _Known(
-            index,
-            ledger,
-            ledger_sha256,
-            stated.subject[0].digest.get("sha256", "") if stated else "",
-            statement_sha256,
-        )
+        self._stand(index, ledger, ledger_sha256, stated, statement_sha256)
+
+    def _stand(
+        self, index: int, ledger: Ledger | None, ledger_sha256: str, stated: Statement | None, statement_sha256: str
+    ) -> None:
+        """Remember a chunk as the one before the next."""
+        chunk_sha256 = stated.subject[0].digest.get("sha256", "") if stated else ""
+        self._before = _Known(index, ledger, ledger_sha256, chunk_sha256, statement_sha256)
         self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
 
     def _settle_bare(self) -> None:
         """Say of chunks whose lines are not here whether a signed note of a later chunk accounts for that."""
         sound = {c.index for c in self._chunks if c.status not in (report.INVALID, report.UNSIGNED)}
         archived = notes.covered(self._bare, [(told.chunk, told.note) for told in self._notes if told.chunk in sound])
+        archived |= self._bare & {index for declared in self._declared for index in declared.predicate.archived}
         for index in sorted(self._bare - archived):
             name = names.chunk_file(index, names.DATA)
             self._fault("missing", index, f"{name} is missing, and no signed note says that it was cleaned up")
@@ -506,7 +540,60 @@ class _Walk:
 
     # -- the end ---------------------------------------------------------------------------------------
 
-    def _check_end(self, head: Head | None) -> None:
+    def _take_anchor(self, index: int, files: set[str]) -> None:
+        """Stand after the chunk before the first one: its statement and ledger are here, its lines are not."""
+        for kind in sorted({names.LEDGER, names.ENVELOPE} - files):
+            self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing: the export is anchored there")
+        stated, statement_sha256, _ = self._envelope(index) if names.ENVELOPE in files else (None, "", "")
+        ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
+        ledger, ledger_sha256, form = self._ledger(ledger_bytes)
+        self._compare(index, stated=stated, ledger=ledger, ledger_sha256=ledger_sha256, form=form, digest=None)
+        if stated is not None:
+            self._links(index, stated)
+            self._statements[index] = statement_sha256
+        self._stand(index, ledger, ledger_sha256, stated, statement_sha256)
+
+    def _read_declared(self, listing: dict[str, str]) -> None:
+        """Read the manifests: they say which part of the chain this is.  Each must be signed by a trusted key."""
+        for name in [n for n, kind in listing.items() if kind == "file" and names.is_manifest(n) and not self._own]:
+            try:
+                found, opened = manifest.open_signed(_read(self._directory / name, manifest.MAX_ENVELOPE_BYTES))
+            except ValueError as e:
+                self._fault(_form(e), None, f"{name}: {e}")
+                continue
+            told, chain = found.predicate, self._chain
+            if chain is not None and (told.chain_id, told.node) != (chain.chain_id, chain.node):
+                self._fault("spliced", None, f"{name} is of chain {told.chain_id}")
+                continue
+            if not self._signed_by_trusted(opened, name):
+                # The fault stands; the range is taken all the same, so that not every chunk is called missing.
+                found = msgspec.structs.replace(found, predicate=msgspec.structs.replace(told, archived=[]))
+            self._declared.append(found)
+
+    def _signed_by_trusted(self, opened: dsse.Opened, shown: str) -> bool:
+        """Return whether a trusted key has signed this; a fault says why not.
+
+        Where no key is trusted at all the keys that lie here are taken, so that all else can be looked at: the
+        chain is not valid then anyway.
+        """
+        named = [opened.key_id] if opened.key_id else sorted(self._trusted)
+        known = [key for key in named if not self._trusted or key in self._trusted]
+        message = dsse.pae(dsse.PAYLOAD_TYPE, opened.payload)
+        if not known:
+            self._fault("unknown_key", None, f"{shown} is signed with key sha256:{opened.key_id[:64]}, not trusted")
+        elif any(keys.signature_holds(self._keys[k], message, opened.signature) for k in known if k in self._keys):
+            return True
+        else:
+            self._fault("bad_signature", None, f"{shown}: no key in {names.KEYS}/ has made its signature")
+        return False
+
+    def _check_declared(self) -> None:
+        """Hold what the manifests say against what is here."""
+        for declared in self._declared:
+            for fault in extent.faults(declared, self._directory, self._statements, self._last_signed, self._chunks):
+                self._fault(fault.code, fault.chunk, fault.message)
+
+    def _check_end(self, head: Pin | None) -> None:
         if not self._last_signed:
             self._fault("unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts")
         elif not self._trusted:
@@ -518,7 +605,7 @@ class _Walk:
                 hint="name the key you trust: " + " ".join(f"--key sha256:{key}" for key in found[:3]),
             )
         if head is None or self._chain is None:
-            if head is None:
+            if head is None and not self._declared:
                 self._warn("no_head", None, "no head to compare the end with: a cut at the end would not show")
             return
         if head.chain_id != self._chain.chain_id:
@@ -528,16 +615,21 @@ class _Walk:
             if not follows or self._last_signed > names.FIRST_INDEX:
                 self._fault("spliced", None, f"the head is of chain {head.chain_id}")
             return
-        if head.index > self._last_signed:
-            at = self._last_signed + 1
-            self._fault("truncated", at, f"the chain ends before chunk {head.index}, which the head tells of")
-        elif self._at_head is not None and self._at_head != head:
-            if self._at_head.statement_sha256 != head.statement_sha256:
-                self._fault("forked", head.index, "the head names another statement than the one that is here")
-            else:
-                self._fault("edited", head.index, "the head does not say what its chunk says")
+        if head.signed is not None and not self._signed_by_trusted(head.signed, str(self._head_path)):
+            return
+        # A part that a manifest declares may well end before the newest statement that is known.
+        needed = head.declared or (0 if self._declared else head.index)
+        after, before = self._last_signed + 1, head.previous
+        if needed > self._last_signed:
+            self._fault("truncated", after, f"the chain ends before chunk {needed}, which the head tells of")
+        elif before and self._statements.get(before.index, before.statement_sha256) != before.statement_sha256:
+            self._fault("forked", before.index, "the head follows another statement than the one that is here")
+        elif self._statements.get(head.index, head.statement_sha256) != head.statement_sha256:
+            self._fault("forked", head.index, "the head names another statement than the one that is here")
+        elif self._at_head is not None and head.head is not None and self._at_head != head.head:
+            self._fault("edited", head.index, "the head does not say what its chunk says")
 
-    def _report(self, opened: OpenChunk | None, head: Head | None) -> ChainReport:
+    def _report(self, opened: OpenChunk | None, head: Pin | None) -> ChainReport:
         sums = [chunk.accounting for chunk in self._chunks if chunk.accounting]
         chain = self._chain
         faults = sorted(self._faults, key=lambda f: (f.chunk is None, f.chunk or 0))
@@ -549,6 +641,9 @@ class _Walk:
             node=chain.node if chain else "",
             created=chain.created if chain else "",
             predecessor=chain.predecessor if chain else None,
+            state=extent.state(faults, self._first, self._last_signed, self._declared),
+            first=self._first,
+            last=self._last_signed,
             totals=Accounting(
                 sum(s.produced for s in sums),
                 sum(s.recorded for s in sums),
@@ -567,7 +662,9 @@ class _Walk:
             notes=self._notes,
             chunks=self._chunks,
             open=opened,
-            head=HeadCheck(str(self._head_path), head.index, head.statement_sha256) if head else HeadCheck(),
+            head=HeadCheck(str(self._head_path), head.index, head.statement_sha256)
+            if head
+            else extent.declared_end(self._declared),
             trusted_keys=sorted(self._trusted),
             faults=faults,
             warnings=self._warnings,
