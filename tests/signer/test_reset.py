@@ -41,6 +41,10 @@ def expect_left(node: Node, reason: str = "a new disk") -> None:
     store.close("age")
     store.release()
     assert node.verify().valid
+    # The head is the new chain's by now: the old one is asked about its own end no more, and says so.
+    left = verify_chain(aside)
+    assert (True, ["no_head"]) == (left.valid, [warning.code for warning in left.warnings])
+    assert {("spliced", None)} == {(f.code, f.chunk) for f in verify_chain(aside, head=node.where.head).faults}
 
 
 def test_a_reset_moves_the_old_chain_and_names_it(tmp_path: Path) -> None:

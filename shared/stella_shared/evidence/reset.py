@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +48,11 @@ def pending(state: Path) -> Reset | None:
         return None
     except ValueError as e:
         raise ConfigError(f"{path}: {e}", hint="remove it, and run: stella signals reset-chain --confirm") from None
+
+
+def is_aside(name: str, chain_id: str) -> bool:
+    """Return whether `name` is that of a directory to which a reset moved the evidence of this chain."""
+    return re.fullmatch(rf".+-{re.escape(chain_id[:8])}-[0-9]{{8}}T[0-9]{{6}}Z", name) is not None
 
 
 def begin(evidence: Path, state: Path, reason: str, disk: Disk | None = None) -> Reset:

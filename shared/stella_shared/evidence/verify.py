@@ -33,6 +33,7 @@ from stella_shared.evidence import (
     pins,
     records,
     report,
+    reset,
     statement,
 )
 from stella_shared.evidence.disk import TMP_SUFFIX
@@ -612,7 +613,9 @@ class _Walk:
             predecessor = self._chain.predecessor
             follows = predecessor is not None and predecessor.chain_id == head.chain_id
             # The new chain's own head is written right after its first signature.
-            if not follows or self._last_signed > names.FIRST_INDEX:
+            if not self._head_required and reset.is_aside(self._shown.name, self._chain.chain_id):
+                self._warn("no_head", None, f"this chain was left; the head is of chain {head.chain_id}")
+            elif not follows or self._last_signed > names.FIRST_INDEX:
                 self._fault("spliced", None, f"the head is of chain {head.chain_id}")
             return
         if head.signed is not None and not self._signed_by_trusted(head.signed, str(self._head_path)):
