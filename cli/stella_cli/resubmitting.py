@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import msgspec
 
+from stella_cli import signer_process
 from stella_cli.settings import Settings
 from stella_shared.errors import BadAnswer, ConfigError, NotFound, StellaError, TryAgain
 
@@ -21,25 +19,22 @@ _RUNBOOK: Final = "issue-rekor-submission-failures"
 
 def run(settings: Settings, *, wait_seconds: float, as_json: bool) -> None:
     """Submit what is pending.  Raises `TryAgain` when some is left, `BadAnswer` when the log refused some."""
-    with tempfile.NamedTemporaryFile(prefix="stella-", suffix=".yaml") as file:
-        # The signer sees the configuration as this command does: file, environment and flags merged.
-        file.write(msgspec.json.encode({"signals": settings.signals}))
-        file.flush()
-        command = [sys.executable, "-m", "stella_signer.resubmit", "--config", file.name, "--wait", str(wait_seconds)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("STELLA_SIGNALS_")}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-        ) as child:
-            assert child.stdout and child.stderr
-            last: dict[str, Any] = {"logged": 0, "left": 0, "rejected": 0, "error": ""}
-            for line in child.stdout:
-                last = json.loads(line)
-                if as_json:
-                    click.echo(line, nl=False)
-                elif sys.stderr.isatty():
-                    click.echo(f"\r{last['logged']} logged, {last['left']} left ", nl=False, err=True)
-            said = child.stderr.read()
-            code = child.wait()
+    with (
+        signer_process.prepared(settings, "stella_signer.resubmit", "--wait", str(wait_seconds)) as start,
+        subprocess.Popen(
+            start.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **start.options
+        ) as child,
+    ):
+        assert child.stdout and child.stderr
+        last: dict[str, Any] = {"logged": 0, "left": 0, "rejected": 0, "error": ""}
+        for line in child.stdout:
+            last = json.loads(line)
+            if as_json:
+                click.echo(line, nl=False)
+            elif sys.stderr.isatty():
+                click.echo(f"\r{last['logged']} logged, {last['left']} left ", nl=False, err=True)
+        said = child.stderr.read()
+        code = child.wait()
     if not as_json and sys.stderr.isatty():
         click.echo(err=True)
     if code not in (0, 1, 10):

@@ -13,13 +13,19 @@ import click
 from stella_cli import node_file, process
 from stella_cli.settings import Settings
 from stella_shared.errors import NotFound, NotPermitted, TryAgain
+from stella_shared.evidence import notes
+from stella_shared.evidence.store import places, read_chain
 
 #: Each stage of a stop has its own deadline; this is a little more than all of them together.
 WAIT_SECONDS: Final = 180.0
 
 
-def run(settings: Settings) -> None:
-    """End the node that runs on these settings' state directory."""
+def run(settings: Settings, reason: str | None = None) -> None:
+    """End the node that runs on these settings' state directory.
+
+    With a `reason`, its last chunk says that what follows is a planned gap, and why.
+    """
+    text = notes.plain(reason) if reason is not None else ""
     node = node_file.running(settings.state)
     if node is None:
         raise NotFound(
@@ -32,6 +38,9 @@ def run(settings: Settings) -> None:
             # Looked at again with the pid held: it cannot have passed to somebody else since.
             if not process.is_alive(node.who):
                 return
+            if reason is not None:
+                signal.pidfd_send_signal(fd, 0)  # may we stop it at all?
+                _leave_note(settings, text)
             signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
             os.close(fd)
@@ -57,3 +66,11 @@ def run(settings: Settings) -> None:
             next_dot += 1.0
         time.sleep(0.05)
     click.echo("stopped")
+
+
+def _leave_note(settings: Settings, text: str) -> None:
+    """Leave the signer a note of a planned gap: it stands in the chunk that the stop closes."""
+    where = places(settings.signals)
+    chain = read_chain(where.evidence)
+    if chain is not None:
+        notes.put(where, chain.chain_id, notes.make(notes.PLANNED_GAP, text=text))

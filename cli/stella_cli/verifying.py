@@ -11,9 +11,10 @@ import click
 import msgspec
 
 from stella_cli import settings
-from stella_shared.errors import NotFound, NotPermitted, UsageError
+from stella_cli.settings import Settings
+from stella_shared.errors import BadAnswer, NotFound, NotPermitted, UsageError
 from stella_shared.evidence import keys as evidence_keys
-from stella_shared.evidence.report import encode_report, render_text
+from stella_shared.evidence.report import ChainReport, encode_report, render_text
 from stella_shared.evidence.store import HEAD
 from stella_shared.evidence.transparency.certificate import Identity
 from stella_shared.evidence.transparency.trust import TrustRoot
@@ -22,11 +23,29 @@ from stella_shared.evidence.verify import node_trust, verify_chain
 from stella_shared.evidence.vouching import Trust
 
 
-def run(path: Path, *, config: str | None, target: str | None, named: NamedTrust, verbose: bool, as_json: bool) -> int:
-    """Print the answer about `path`; return the exit code: 0 valid, 1 invalid."""
-    trust, head = _trust(path, config, target, named)
-    with _progress() as progress:
-        report = verify_chain(path, trust=trust, head=head, progress=progress)
+def run(
+    path: Path,
+    *,
+    config: str | None,
+    target: str | None,
+    named: NamedTrust,
+    head: str | None,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Print the answer about `path`; return the exit code: 0 valid, 1 invalid.
+
+    `head` names a pinned end; without it the node's own evidence is compared with the node's head.json.
+    """
+    trust, own_head = _trust(path, config, target, named)
+    with progress_bar() as progress:
+        report = verify_chain(
+            path,
+            trust=trust,
+            head=Path(head) if head else own_head,
+            progress=progress,
+            own=own_head is not None,
+        )
     if as_json:
         sys.stdout.buffer.write(encode_report(report))
     else:
@@ -91,6 +110,27 @@ def root_file(file: str) -> TrustRoot:
         raise UsageError(f"--trusted-root {file}: {e}", hint="it is a Sigstore trusted_root.json") from None
 
 
+def own_chain(chosen: Settings) -> ChainReport:
+    """Return the report about this node's own evidence.  Raises `BadAnswer` unless it is valid."""
+    evidence = Path(chosen.signals.output_directory)
+    if not evidence.is_dir():
+        raise NotFound(f"no evidence at {evidence}", hint="run: stella signals init")
+    head = chosen.state / HEAD
+    with progress_bar() as progress:
+        found = verify_chain(
+            evidence, trust=node_trust(chosen.state), head=head if head.exists() else None, progress=progress
+        )
+    if not found.valid:
+        first = found.faults[0]
+        at = f" at chunk {first.chunk}" if first.chunk is not None else ""
+        raise BadAnswer(
+            f"the chain in {evidence} does not verify: broken{at}: {first.message} ({first.code})",
+            hint=f"stella signals verify-chain {evidence} --verbose shows every fault",
+            runbook="issue-evidence-chain-verification-failure",
+        )
+    return found
+
+
 def key_id(text: str) -> str:
     """Return the key id that `--key` names: a fingerprint, or that of a PEM file."""
     name = text.removeprefix("sha256:").lower()
@@ -112,21 +152,29 @@ def key_id(text: str) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """Give what draws a bar on stderr; nothing when that is no terminal."""
+def progress_bar(doing: str = "checking", things: str = "") -> Iterator[Callable[[int, int], None] | None]:
+    """Give what draws a bar on stderr, counting `things`, else bytes; nothing when that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
+    counted = (MofNCompleteColumn(), TextColumn(things)) if things else (DownloadColumn(), TransferSpeedColumn())
     columns = (
-        TextColumn("checking"),
+        TextColumn(doing),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *counted,
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

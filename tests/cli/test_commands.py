@@ -18,6 +18,11 @@ from stella_shared import errors
 from stella_shared.config import load as load_config
 
 RUNBOOK_COMMANDS = (
+    "cleanup",
+    "reset-chain",
+    "export",
+    "manifest",
+    "import",
     "init",
     "start",
     "stop",

@@ -42,7 +42,7 @@ def ledger(runs: dict[str, str] | None = None, lanes: list[LaneRow] | None = Non
             Run(boot, name, "0", 0, 1, [], lanes or LANES, {}, False, False, "", None, False)
             for name, boot in (runs or {RUN: BOOT, "r\u00fcn\n": "b\u00f6\"ot"}).items()
         ],
-        [], {}, {}, [],
+        [], {}, {}, [], [],
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import tarfile
 from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +15,7 @@ from chain_maker import small_chain
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from export_maker import JANUARY, export_to, months
 
 from stella_shared.evidence.proof import encode
 from stella_shared.evidence.prover import LineOf, Prover, Wanted
@@ -103,7 +105,7 @@ def test_a_stranger_agrees(tmp_path: Path) -> None:
 
 
 def strange_proof(document: bytes, trusted: str) -> tuple[str, int, str]:
-    """Check a proof by section 11; return (chain, chunk, line)."""
+    """Check a proof by section 13; return (chain, chunk, line)."""
     proof = json.loads(document)
     envelope = json.loads(proof["envelope"])
     [signature] = envelope["signatures"]
@@ -136,7 +138,7 @@ def strange_proof(document: bytes, trusted: str) -> tuple[str, int, str]:
 
 
 def test_a_stranger_accepts_our_proofs(tmp_path: Path) -> None:
-    """Section 11 is enough to check one."""
+    """Section 13 is enough to check one."""
     node = small_chain(tmp_path)
     for number, line in enumerate(node.file(2, "ndjson").read_text().splitlines(), 1):
         [proof] = Prover(node.evidence).prove([Wanted(LineOf(2, number))])
@@ -145,6 +147,55 @@ def test_a_stranger_accepts_our_proofs(tmp_path: Path) -> None:
 
 def test_the_page_names_every_fault() -> None:
     """The table of faults is the code's."""
-    table = DOC.read_text().split("| fault | meaning |")[1].split("| status |")[0]
+    table = DOC.read_text().split("| fault | meaning |")[1].split("\n\n")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
     assert FAULT_CODES == rows
+
+
+def opened(path: Path, key: ec.EllipticCurvePublicKey, trusted: str) -> tuple[dict[str, Any], str]:
+    """Return a signed statement and its SHA-256."""
+    envelope = json.loads(path.read_bytes())
+    payload = base64.b64decode(envelope["payload"])
+    kind = envelope["payloadType"].encode()
+    signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    assert envelope["signatures"][0]["keyid"] == trusted
+    key.verify(base64.b64decode(envelope["signatures"][0]["sig"]), signed, ec.ECDSA(hashes.SHA256()))
+    return json.loads(payload), sha256(payload).hexdigest()
+
+
+def stranger_to_an_export(evidence: Path, trusted: str) -> tuple[int, int]:
+    """Verify the manifest, the anchor and the links of an export; return its range."""
+    key = load_pem_public_key((evidence / "keys" / f"{trusted}.pem").read_bytes())
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    manifest, _ = opened(evidence / "manifest.dsse.json", key, trusted)
+    predicate = manifest["predicate"]
+    assert "https://stella-signals.dev/evidence-export/v1" == manifest["predicateType"]
+    assert json.loads((evidence / "chain.json").read_bytes())["chain_id"] == predicate["chain_id"]
+    listed = {subject["name"]: subject["digest"]["sha256"] for subject in manifest["subject"]}
+    here = {str(p.relative_to(evidence)): p for p in evidence.rglob("*") if p.is_file()}
+    del here["manifest.dsse.json"]
+    assert list(listed) == sorted(here)
+    assert listed == {name: sha256(path.read_bytes()).hexdigest() for name, path in here.items()}
+    anchor = predicate["anchor"]
+    before, previous = opened(evidence / f"{anchor['index']:06d}.dsse.json", key, trusted)
+    assert (anchor["statement_sha256"], anchor["ledger_sha256"]) == (
+        previous, before["predicate"]["accounting"]["ledger_sha256"]
+    )  # fmt: skip
+    previous_ledger = anchor["ledger_sha256"]
+    for index in range(predicate["first"], predicate["last"] + 1):
+        statement, digest = opened(evidence / f"{index:06d}.dsse.json", key, trusted)
+        assert statement["predicate"]["chain"]["previous"]["statement_sha256"] == previous
+        assert statement["subject"][0]["digest"]["sha256"] == listed[f"{index:06d}.ndjson"]
+        assert json.loads((evidence / f"{index:06d}.ledger.json").read_bytes())["previous_ledger_sha256"] == (
+            previous_ledger
+        )
+        previous, previous_ledger = digest, listed[f"{index:06d}.ledger.json"]
+    return predicate["first"], predicate["last"]
+
+
+def test_a_stranger_can_check_an_export(tmp_path: Path) -> None:
+    """From section 12 of the page alone."""
+    node = months(tmp_path / "node")
+    with tarfile.open(export_to(node, tmp_path / "january.tar.gz", JANUARY)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert (3, 5) == stranger_to_an_export(tmp_path / "evidence", node.made.key_id)

@@ -30,6 +30,7 @@ class FaultyDisk(Disk):
         self._paths: dict[int, Path] = {}
         self._durable: dict[Path, int] = {}
         self._renames: list[tuple[Path, Path, bytes | None]] = []
+        self._removed: list[tuple[Path, bytes]] = []
 
     def _step(self, do: object) -> None:
         mine = self.steps == self._at
@@ -48,9 +49,14 @@ class FaultyDisk(Disk):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def power_cut(self) -> None:
-        """Lose any part of what was not synced: tails of files, and renames whose directory was not synced."""
+        """Lose any part of what was not synced: tails of files, and renames and removals in unsynced directories."""
+        for path, gone in self._removed:
+            if not path.exists() and self._random.random() < 0.5:
+                path.write_bytes(gone)
         for old, new, content in reversed(self._renames):
-            if new.exists() and self._random.random() < 0.5:
+            if new.is_dir() and self._random.random() < 0.5:
+                os.rename(new, old)
+            elif new.is_file() and self._random.random() < 0.5:
                 old.write_bytes(new.read_bytes())
                 self._durable[old] = self._durable.pop(new, 0)
                 new.unlink() if content is None else new.write_bytes(content)
@@ -94,15 +100,20 @@ class FaultyDisk(Disk):
 
     def rename(self, old: Path, new: Path) -> None:
         def do() -> None:
-            content = new.read_bytes() if new.exists() else None
+            content = new.read_bytes() if new.is_file() else None
             Disk.rename(self, old, new)
             self._renames.append((old, new, content))
             self._durable[new] = self._durable.pop(old, new.stat().st_size)
 
         self._step(do)
 
+    def exchange(self, one: Path, other: Path) -> None:
+        self._step(lambda: Disk.exchange(self, one, other))
+
     def remove(self, path: Path) -> None:
         def do() -> None:
+            if path.exists():
+                self._removed.append((path, path.read_bytes()))
             Disk.remove(self, path)
             self._durable.pop(path, None)
 
@@ -111,5 +122,6 @@ class FaultyDisk(Disk):
     def sync_directory(self, path: Path) -> None:
         def do() -> None:
             self._renames = [r for r in self._renames if r[1].parent != path]
+            self._removed = [r for r in self._removed if r[0].parent != path]
 
         self._step(do)

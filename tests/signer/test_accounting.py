@@ -24,7 +24,7 @@ NODE = "node-a"
 def ledger_of(account: Account) -> Ledger:
     return Ledger(
         1, "c", 2, "", account.lines, 0, "", "", Window("", "", account.boots()), "size", account.runs(),
-        account.ended_runs(), account.filtered, account.lost, account.coverage(),
+        account.ended_runs(), account.filtered, account.lost, account.coverage(), [],
     )  # fmt: skip
 
 

@@ -27,9 +27,11 @@ from stella_shared import VERSION, allocator, clock, config, lifecycle, log, met
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals
 from stella_shared.errors import BrokenPromise, StellaError, TryAgain
-from stella_shared.evidence import keys
+from stella_shared.evidence import keys, notes
+from stella_shared.evidence.export import Times
 from stella_shared.evidence.store import places
 from stella_shared.wire import Beat, Histogram, decode_head
+from stella_signer import errands
 from stella_signer.chunks import ChunkStore
 from stella_signer.intake import Batch, Intake, Verdict
 from stella_signer.outbound import Outbound
@@ -45,6 +47,7 @@ STOP_SECONDS: Final = 20.0
 RETRY_SECONDS: Final = 1.0
 #: How long a signer waits for the one before it, which may be stopping, to let go of the chain.
 LOCK_SECONDS: Final = 30.0
+NOTES_SECONDS: Final = 1.0
 MAX_MESSAGES: Final = 1024
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 #: Batches whose way to a signature is timed; at the usual pace of commits, hours.
@@ -88,6 +91,7 @@ class Signer:
         self._bus_lag = 0
         self._stop_by = float("inf")
         self._opened_at = 0.0
+        self._looked_at = 0.0
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -272,6 +276,10 @@ class Signer:
             return "size"
         if anyio.current_time() - self._opened_at >= rotation.max_age_hours * 3600:
             return "age"
+        if anyio.current_time() - self._looked_at >= NOTES_SECONDS:
+            self._looked_at = anyio.current_time()
+            if any(note.kind in notes.URGENT for note in store.waiting_notes()):
+                return "note"
         return ""
 
     async def _drained(self, work: Work, store: ChunkStore, intake: Intake[Message]) -> bool:
@@ -362,13 +370,28 @@ class Signer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the signer of a node: `--config FILE [--instance NAME]`.  Returns the exit code."""
+    """Run the signer of a node: `--config FILE [--instance NAME]`.  Returns the exit code.
+
+    `--once` and `--manifest` do one errand for a command and end.
+    """
     parser = argparse.ArgumentParser(prog="stella-signer", description="Turns enriched events into signed chunks.")
     parser.add_argument("--config", type=Path, help="configuration file (defaults without one)")
     parser.add_argument("--instance", default="", help="name in heartbeats (the node's name by default)")
+    parser.add_argument("--once", action="store_true", help="recover, record waiting notes, sign, and end")
+    parser.add_argument("--manifest", action="store_true", help="print the signed manifest of an export, and end")
+    parser.add_argument("--since", default="", metavar="TIME", help="of the export: from this time on")
+    parser.add_argument("--until", default="", metavar="TIME", help="of the export: before this time")
+    parser.add_argument("--proofs", action="store_true", help="of the export: with the proofs of logs")
     options = parser.parse_args(argv)
     try:
         signals = config.load(options.config, os.environ)
+        if options.once:
+            errands.record_notes(signals)
+            return 0
+        if options.manifest:
+            asked = Times(options.since, options.until)
+            sys.stdout.buffer.write(errands.sign_manifest(signals, asked, proofs=options.proofs))
+            return 0
         allocator.keep_large_blocks()
         anyio.run(Signer(signals, options.instance).run)
     except BaseExceptionGroup as group:

@@ -3,7 +3,8 @@
     open ──commit──▶ open ──close──▶ sealed ──sign──▶ signed        (─▶ stamped ─▶ logged: `submission`)
 
     commit   data, fsync; journal entry, fsync.  Only then may messages be acknowledged.
-    close    NNNNNN.ledger.json whole; rename NNNNNN.open.ndjson → NNNNNN.ndjson; the journal goes
+    close    NNNNNN.ledger.json whole; rename NNNNNN.open.ndjson → NNNNNN.ndjson; the journal goes, and the
+             files of the notes that the ledger has taken in
     sign     NNNNNN.cert.pem and NNNNNN.stamps.json, for a keyless signature; NNNNNN.dsse.json whole; head.json whole
 
 A crash at any system call leaves the state before or after that step, and which one it is shows in the files
@@ -22,20 +23,19 @@ from hashlib import sha256
 from typing import Any, Final
 
 from stella_shared.errors import BrokenPromise, ConfigError, TryAgain
-from stella_shared.evidence import canonical, dsse, merkle, names, records, statement
+from stella_shared.evidence import canonical, dsse, merkle, names, notes, records, statement
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.lines import blocks
-from stella_shared.evidence.records import Chain, Head, Ledger, Window
+from stella_shared.evidence.records import Chain, Head, Ledger, Note, Window
 from stella_shared.evidence.stamps import Stamps, encode_stamps
 from stella_shared.evidence.statement import Previous
-from stella_shared.evidence.store import Places, read_chain, read_head
+from stella_shared.evidence.store import SIGNER_LOCK, Places, read_chain, read_head
 from stella_signer import journal
 from stella_signer.account import Account
 from stella_signer.signing import LocalKey, Signed
 from stella_signer.steps import Step
 
 _FILE_MODE: Final = 0o640
-_LOCK: Final = "signer.lock"
 _REMOVED: Final = "removed under the running signer (stop the node and run: stella signals init)"
 _RESTORE: Final = "restore the evidence from a backup, or move it away and run: stella signals init"
 
@@ -69,6 +69,8 @@ class ChunkStore:
         self._envelope: tuple[int, bytes] | None = None
         self._to_sign: deque[int] = deque()
         self._last_ledger_sha256 = ""
+        #: Notes of the newest closed chunk: their files may have outlived a crash.
+        self._noted: frozenset[str] = frozenset()
         self._signed: Previous | None = None
         self.chunks_signed = 0
         #: Whether the open chunk was begun by an earlier life: close it as soon as no batch waits in it.
@@ -145,7 +147,7 @@ class ChunkStore:
             self._lock = -1
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self._where.state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(self._where.state / SIGNER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -167,11 +169,14 @@ class ChunkStore:
             self._sealing = ledger
             self._finish_seal()
             kinds = self._listing()
-        closed = sorted(index for index, files in kinds.items() if names.DATA in files)
+        closed = sorted(
+            index for index, files in kinds.items() if names.DATA in files or {names.LEDGER, names.ENVELOPE} <= files
+        )
         if any(names.LEDGER not in kinds[index] for index in closed) or closed != list(
             range(closed[0] if closed else 0, (closed[-1] if closed else -1) + 1)
         ):
             raise ConfigError(f"{self._where.evidence} has gaps", hint=_RESTORE)
+        self._check_removed({index for index in closed if names.DATA not in kinds[index]}, closed)
         self._stand_after(closed, kinds)
         self._check_head()
         self.sign()
@@ -189,11 +194,22 @@ class ChunkStore:
                 kinds.setdefault(file.index, set()).add(file.kind)
         return kinds
 
+    def _check_removed(self, bare: set[int], closed: list[int]) -> None:
+        """Refuse to write on where lines are gone and no note says that they were cleaned up."""
+        try:
+            lost = notes.unaccounted(self._where, bare, closed)
+        except ValueError as e:
+            raise ConfigError(f"a ledger in {self._where.evidence}: {e}", hint=_RESTORE) from None
+        if lost:
+            path = self._where.chunk(min(lost), names.DATA)
+            raise ConfigError(f"{path} is missing, and no cleanup of it is noted", hint=_RESTORE)
+
     def _stand_after(self, closed: list[int], kinds: dict[int, set[str]]) -> None:
         """Continue after the newest closed chunk, or after the chain before this one."""
         if closed:
             ledger, digest = self._read_ledger(closed[-1])
             self._follow(ledger, digest, self._now())
+            notes.drop(self._where, self._noted, self._disk)
         elif (head := read_head(self._where)) and self._chain.predecessor:
             self.account = Account(head.runs, head.ended_runs, [])
         unsigned = [index for index in closed if names.ENVELOPE not in kinds[index]]
@@ -443,9 +459,14 @@ class ChunkStore:
             dict(sorted(self.account.filtered.items())),
             dict(sorted(self.account.lost.items())),
             self.account.coverage(),
+            self.waiting_notes()[: notes.MAX_NOTES],
         )
         self._finish_seal()
         self.sign()
+
+    def waiting_notes(self) -> list[Note]:
+        """Return the notes that the next closing takes in."""
+        return [n for n in notes.waiting(self._where, self.chain_id) if n.id not in self._noted]
 
     def _finish_seal(self) -> None:
         """Carry a decided closing through.  Each step may have been done before."""
@@ -461,6 +482,7 @@ class ChunkStore:
             raise OSError(errno.ENOENT, _REMOVED, str(opened))
         self._disk.sync_directory(self._where.evidence)
         self._disk.remove(self._where.chunk(ledger.index, names.OPEN_JOURNAL))
+        notes.drop(self._where, [note.id for note in ledger.notes], self._disk)
         self._close_files()
         self._sealing = None
         if self._signs:
@@ -469,6 +491,7 @@ class ChunkStore:
 
     def _follow(self, ledger: Ledger, digest: str, opened: str) -> None:
         self._last_ledger_sha256 = digest
+        self._noted = frozenset(note.id for note in ledger.notes)
         self.account = Account(ledger.runs, ledger.ended_runs, ledger.coverage)
         self._begin(ledger.index + 1, opened)
 

@@ -21,7 +21,7 @@ import anyio.to_thread
 from stella_shared import metrics
 from stella_shared.config import Signals, has_trust_config
 from stella_shared.errors import ConfigError, StellaError, TryAgain
-from stella_shared.evidence.store import places, trust_identity, trust_key
+from stella_shared.evidence.store import Places, places, trust_identity, trust_key
 from stella_signer import submission, trust_config
 from stella_signer.fulcio import FulcioKey
 from stella_signer.kms import KmsKey
@@ -157,14 +157,7 @@ class Outbound:
         )
 
     def _load_key(self, outside: Outside) -> RemoteKey:
-        signing = self._signals.signing
-        if signing.key_id == "fulcio":
-            if self._services is None:
-                raise ConfigError("keyless signing needs a trust configuration under signals.rekor")
-            return FulcioKey(outside, self._services, signing.identity_token_file)
-        key = KmsKey.load(signing, self._where.state)
-        trust_key(self._where, key.public_key)
-        return key
+        return load_key(self._signals, outside, self._services)
 
     # -- signing elsewhere -----------------------------------------------------------------------------
 
@@ -186,16 +179,7 @@ class Outbound:
 
     async def _sign_next(self, store: Store, key: RemoteKey) -> bool:
         """Sign one chunk; return whether there was one."""
-        waiting = await self._durable(store.next_to_sign)
-        if waiting is None:
-            return False
-        index, payload = waiting
-        made = await key.sign(payload)
-        if isinstance(key, FulcioKey) and key.identity is not None:
-            # Before the envelope: an identity that signed something here is one to be known here.
-            await self._durable(functools.partial(trust_identity, self._where, key.identity))
-        await self._durable(functools.partial(store.signed, index, made))
-        return True
+        return await sign_next(self._where, store, key, self._durable)
 
     # -- submitting ------------------------------------------------------------------------------------
 
@@ -280,3 +264,37 @@ class Outbound:
             found |= submission.describe(self._submitter)
         found["sign_error"] = self._sign_error
         return found
+
+
+def load_key(signals: Signals, outside: Outside, services: Services | None) -> RemoteKey:
+    """Return the key that is somewhere else, by `signals.signing.key_id`.  Blocks.
+
+    Raises `ConfigError` for what cannot be used, and as `KmsKey.load` does.
+    """
+    signing, where = signals.signing, places(signals)
+    if signing.key_id == "fulcio":
+        if services is None:
+            raise ConfigError("keyless signing needs a trust configuration under signals.rekor")
+        return FulcioKey(outside, services, signing.identity_token_file)
+    key = KmsKey.load(signing, where.state)
+    trust_key(where, key.public_key)
+    return key
+
+
+async def sign_next(
+    where: Places, store: Store, key: RemoteKey, durable: Callable[[Callable[[], Any]], Awaitable[Any]]
+) -> bool:
+    """Have the first unsigned chunk signed elsewhere and keep the signature; return whether there was one.
+
+    Raises `Later`, `Refused` or `Frozen` when it cannot be signed now; nothing was kept then.
+    """
+    waiting = await durable(store.next_to_sign)
+    if waiting is None:
+        return False
+    index, payload = waiting
+    made = await key.sign(payload)
+    if isinstance(key, FulcioKey) and key.identity is not None:
+        # Before the envelope: an identity that signed something here is one to be known here.
+        await durable(functools.partial(trust_identity, where, key.identity))
+    await durable(functools.partial(store.signed, index, made))
+    return True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -53,12 +54,21 @@ class LocalKey:
         """Return the DSSE envelope of a statement's bytes."""
         return seal(self._key, payload)
 
+    def repeatable_envelope(self, payload: bytes) -> bytes:
+        """Return the DSSE envelope of a statement's bytes: the same envelope each time (RFC 6979)."""
+        try:
+            scheme = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        except UnsupportedAlgorithm:
+            # OpenSSL before 3.2 cannot; the envelope is as good, and another one each time.
+            return self.envelope(payload)
+        return seal(self._key, payload, scheme)
+
     def describe(self) -> dict[str, str]:
         """Return what `stella signer status` shows."""
         return {"mode": "local", "key_id": f"sha256:{self.key_id}", "key_hint": keys.key_hint(self.key_id)}
 
 
-def seal(key: ec.EllipticCurvePrivateKey, payload: bytes) -> bytes:
+def seal(key: ec.EllipticCurvePrivateKey, payload: bytes, scheme: ec.ECDSA | None = None) -> bytes:
     """Return the DSSE envelope of a statement's bytes, signed with `key`."""
-    signature = key.sign(dsse.pae(dsse.PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
+    signature = key.sign(dsse.pae(dsse.PAYLOAD_TYPE, payload), scheme or ec.ECDSA(hashes.SHA256()))
     return dsse.seal(payload, keys.key_id(key.public_key()), signature)

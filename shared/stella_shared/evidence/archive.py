@@ -24,7 +24,12 @@ from stella_shared.evidence import names
 MAX_MEMBER_BYTES: Final = 8 << 30
 MAX_TOTAL_BYTES: Final = 64 << 30
 MAX_MEMBERS: Final = 1_000_000
+#: Evidence shrinks to a tenth or so; what would grow more than this, beyond a first 64 MiB, is made to fill a disk.
+MAX_RATIO: Final = 200
+_FREE_BYTES: Final = 64 << 20
+_BLOCK: Final = 512
 _MAX_HEADER_BYTES: Final = 64 << 10
+_MAX_NAME: Final = 4096
 _BLOCK_BYTES: Final = 1 << 20
 _LONG_HEADERS: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES: Final = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -32,10 +37,14 @@ SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """An archive's evidence directory on disk; `strange` names what lay in it and was left out."""
+    """An archive's evidence directory on disk.
+
+    `strange` names what lay in it and was left out, `outside` what lay beside it.
+    """
 
     directory: Path
     strange: list[str]
+    outside: list[str]
 
 
 class _Member(tarfile.TarInfo):
@@ -49,31 +58,43 @@ class _Member(tarfile.TarInfo):
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Unpacked]:
-    """Unpack the evidence in `path` into a private directory for the length of the block.
-
-    Raises `BadAnswer` for a damaged archive, for links and names that lead elsewhere, for doubled names, and
-    beyond the size limits.
-    """
+    """Unpack the evidence in `path` into a private directory for the length of the block, as `unpack` does."""
     with tempfile.TemporaryDirectory(prefix="stella-verify-") as private:
-        target = Path(private)
-        try:
-            strange = _unpack(path, target)
-        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError) as e:
-            raise BadAnswer(f"{path} is a damaged archive: {e}", hint="copy it again from where it was made") from None
-        except PermissionError as e:
-            raise NotPermitted(f"{path}: {e.strerror}") from None
-        yield Unpacked(target, strange)
+        yield unpack(path, Path(private))
+
+
+def unpack(path: Path, target: Path) -> Unpacked:
+    """Unpack the evidence in `path` into the directory `target`, which is ours alone and empty.
+
+    Owners, modes and times in the archive are not looked at.  Raises `BadAnswer` for a damaged archive, for
+    links, devices, names that lead elsewhere or are no names, for doubled names, and beyond the size limits.
+    """
+    try:
+        return _unpack(path, target)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError) as e:
+        raise BadAnswer(f"{path} is a damaged archive: {e}", hint="copy it again from where it was made") from None
+    except PermissionError as e:
+        raise NotPermitted(f"{path}: {e.strerror}") from None
 
 
 def _checked(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
     """Return all members, after refusing what no archive of evidence needs."""
     members: list[tarfile.TarInfo] = []
     seen: set[PurePosixPath] = set()
-    total = 0
+    total = count = 0
+    allowed = min(MAX_TOTAL_BYTES, _FREE_BYTES + MAX_RATIO * path.stat().st_size)
     for member in tar:
         name = PurePosixPath(member.name)
-        if ".." in name.parts:
+        if ".." in name.parts or name.is_absolute():
             raise BadAnswer(f"{path}: member {member.name!r} leads out of the archive")
+        if not member.name.isprintable() or "\\" in member.name or len(member.name) > _MAX_NAME:
+            raise BadAnswer(f"{path}: member {member.name[:_MAX_NAME]!r} has no plain name")
+        count += 1
+        total += member.size + _BLOCK
+        if member.size > MAX_MEMBER_BYTES or total > allowed or count > MAX_MEMBERS:
+            raise BadAnswer(
+                f"{path}: more than {allowed} bytes or {MAX_MEMBERS} members, or one of over {MAX_MEMBER_BYTES}"
+            )
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
@@ -82,17 +103,15 @@ def _checked(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
             raise BadAnswer(f"{path}: member {member.name!r} is there twice")
         seen.add(name)
         members.append(member)
-        total += member.size
-        if member.size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES or len(members) > MAX_MEMBERS:
-            raise BadAnswer(f"{path}: more than {MAX_TOTAL_BYTES} bytes, or a member over {MAX_MEMBER_BYTES}")
     return members
 
 
-def _unpack(path: Path, target: Path) -> list[str]:
+def _unpack(path: Path, target: Path) -> Unpacked:
     with path.open("rb") as file:
         mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
     (target / names.KEYS).mkdir(mode=0o700)
     strange: list[str] = []
+    outside: list[str] = []
     with tarfile.open(path, mode, tarinfo=_Member) as tar:  # type: ignore[call-overload]
         members = _checked(path, tar)
         roots = [PurePosixPath(m.name).parent for m in members if PurePosixPath(m.name).name == names.CHAIN]
@@ -104,13 +123,19 @@ def _unpack(path: Path, target: Path) -> list[str]:
         root = roots[0] if roots else chunks[0].parent
         for member in members:
             name = PurePosixPath(member.name)
-            if name.parent == root and (name.name == names.CHAIN or names.parse_chunk_file(name.name)):
+            if name.parent == root and _is_evidence(name.name):
                 _copy(tar, member, target / name.name)
             elif name.parent == root / names.KEYS and names.parse_key_file(name.name):
                 _copy(tar, member, target / names.KEYS / name.name)
             elif root in name.parents:
                 strange.append(str(name.relative_to(root)))
-    return strange
+            else:
+                outside.append(member.name)
+    return Unpacked(target, strange, outside)
+
+
+def _is_evidence(name: str) -> bool:
+    return name == names.CHAIN or names.parse_chunk_file(name) is not None or names.is_manifest(name)
 
 
 def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:

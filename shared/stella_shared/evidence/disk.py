@@ -6,10 +6,14 @@ appended file is durable up to the last `sync`.  Nothing here catches `OSError`:
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 TMP_SUFFIX = ".tmp"
+# fcntl.h, linux/fs.h
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 class Disk:
@@ -36,6 +40,16 @@ class Disk:
     def rename(self, old: Path, new: Path) -> None:
         """Put `old` in the place of `new`, atomically."""
         os.rename(old, new)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Let two names of one file system change places, atomically.
+
+        Raises `OSError` with EINVAL or ENOSYS where file system or kernel cannot (renameat2(2)).
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(other))
 
     def remove(self, path: Path) -> None:
         """Remove `path`; one that is not there is fine."""

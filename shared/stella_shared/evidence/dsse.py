@@ -58,10 +58,10 @@ def encode(envelope: Envelope) -> bytes:
     return canonical.dumps(envelope)
 
 
-def open_envelope(data: bytes) -> Opened:
+def open_envelope(data: bytes, limit: int = MAX_ENVELOPE_BYTES) -> Opened:
     """Parse an envelope.  Raises `ValueError` unless it is exactly of the form that `seal` makes."""
-    if len(data) > MAX_ENVELOPE_BYTES:
-        raise ValueError(f"an envelope of {len(data)} bytes is over {MAX_ENVELOPE_BYTES}")
+    if len(data) > limit:
+        raise ValueError(f"an envelope of {len(data)} bytes is over {limit}")
     envelope = canonical.loads(data, Envelope)
     if envelope.payload_type != PAYLOAD_TYPE:
         raise ValueError(f"payload type {envelope.payload_type!r} is not {PAYLOAD_TYPE!r}")

@@ -15,13 +15,18 @@ ENVELOPE = "dsse.json"
 BUNDLE = "sigstore.json"
 STAMPS = "stamps.json"
 CERTIFICATE = "cert.pem"
+#: An export's signed manifest; a directory that exports were joined in holds several.
+MANIFEST = "manifest.dsse.json"
 OPEN_DATA = "open.ndjson"
 OPEN_JOURNAL = "open.journal"
 PROOFS = (BUNDLE, STAMPS, CERTIFICATE)
 KINDS = (DATA, LEDGER, ENVELOPE, *PROOFS, OPEN_DATA, OPEN_JOURNAL)
+#: What a closed chunk may consist of.
+CLOSED = (DATA, LEDGER, ENVELOPE, *PROOFS)
 FIRST_INDEX = 1
 
 _CHUNK = re.compile(rf"([0-9]{{6,12}})\.({'|'.join(map(re.escape, KINDS))})")
+_MANIFEST = re.compile(r"manifest(-[0-9a-f]{16})?\.dsse\.json")
 _KEY = re.compile(r"([0-9a-f]{64})\.pem")
 
 
@@ -49,3 +54,13 @@ def parse_key_file(name: str) -> str | None:
     """Return the key id that `name` (in `keys/`) stands for, or None."""
     match = _KEY.fullmatch(name)
     return match[1] if match else None
+
+
+def is_manifest(name: str) -> bool:
+    """Return whether `name` is that of an export's manifest."""
+    return _MANIFEST.fullmatch(name) is not None
+
+
+def further_manifest(sha256: str) -> str:
+    """Return the name of a manifest that joins another one's evidence; `sha256` is that of its file."""
+    return f"manifest-{sha256[:16]}.dsse.json"

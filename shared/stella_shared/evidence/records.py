@@ -88,6 +88,17 @@ class Held(msgspec.Struct, frozen=True):
     document: Any
 
 
+class Note(msgspec.Struct, frozen=True):
+    """What an operator did: `kind` is `cleanup`, `planned_gap`, …; `first` and `last` are chunks, 0 for none."""
+
+    id: str
+    kind: str
+    at: str
+    first: int
+    last: int
+    text: str
+
+
 class Ledger(msgspec.Struct, frozen=True):
     """The JSON of `NNNNNN.ledger.json`.
 
@@ -109,9 +120,10 @@ class Ledger(msgspec.Struct, frozen=True):
     filtered: dict[str, int]
     lost: dict[str, int]
     coverage: list[Held]
+    notes: list[Note]
 
 
-CLOSE_REASONS: Final = ("genesis", "size", "age", "stop", "recovery")
+CLOSE_REASONS: Final = ("genesis", "size", "age", "stop", "recovery", "note")
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from stella_shared.evidence.records import Accounting, Predecessor
+from stella_shared.evidence.records import Accounting, Note, Predecessor
 from stella_shared.evidence.transparency.certificate import Identity
 
 #: Every fault code, and what it means.
@@ -34,7 +34,8 @@ TIME_UNTRUSTED: Final = "TIME_UNTRUSTED"
 INVALID: Final = "INVALID"
 UNTRUSTED_KEY: Final = "UNTRUSTED_KEY"
 UNSIGNED: Final = "UNSIGNED"
-STATUSES: Final = (VALID_LOGGED, VALID_PENDING, TIME_UNTRUSTED, UNTRUSTED_KEY, UNSIGNED, INVALID)
+ARCHIVED: Final = "ARCHIVED"
+STATUSES: Final = (VALID_LOGGED, VALID_PENDING, TIME_UNTRUSTED, ARCHIVED, UNTRUSTED_KEY, UNSIGNED, INVALID)
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -60,6 +61,7 @@ class ChunkReport(msgspec.Struct, frozen=True):
     VALID_LOGGED    signed by somebody trusted, in a trusted log, at a trusted time
     VALID_PENDING   signed by somebody trusted, and in no log that is known here
     TIME_UNTRUSTED  as VALID_LOGGED, but nobody trusted says when
+    ARCHIVED        a signed note says that its lines were cleaned up; all else of it holds
     UNTRUSTED_KEY   signed by somebody who is not trusted
     UNSIGNED        closed and not signed yet
     INVALID         it has a fault
@@ -85,6 +87,21 @@ class ChunkReport(msgspec.Struct, frozen=True):
     logged_by: int | None = None
 
 
+class Archived(msgspec.Struct, frozen=True):
+    """How much of the chain has links, signatures and accounting here, and its lines elsewhere."""
+
+    chunks: int
+    lines: int
+    bytes: int
+
+
+class ChunkNote(msgspec.Struct, frozen=True):
+    """A note and the chunk that records it."""
+
+    chunk: int
+    note: Note
+
+
 class OpenChunk(msgspec.Struct, frozen=True):
     """The chunk still being written: nothing is promised about it yet."""
 
@@ -101,7 +118,11 @@ class HeadCheck(msgspec.Struct, frozen=True):
 
 
 class ChainReport(msgspec.Struct, frozen=True):
-    """The answer about a chain.  `valid` is true when there is no fault at all."""
+    """The answer about a chain.  `valid` is true when there is no fault at all.
+
+    `lines` and `bytes` count every chunk, the archived ones too.  `state` says how much of the chain is here:
+    `complete`, `range` (chunks `first` to `last`, as a signed manifest declares), `gap`, `forked`, `truncated`.
+    """
 
     format: int
     valid: bool
@@ -110,11 +131,16 @@ class ChainReport(msgspec.Struct, frozen=True):
     node: str
     created: str
     predecessor: Predecessor | None
+    state: str
+    first: int
+    last: int
     totals: Accounting
     lost_by_cause: dict[str, int]
     filtered_by_cause: dict[str, int]
     lines: int
     bytes: int
+    archived: Archived
+    notes: list[ChunkNote]
     chunks: list[ChunkReport]
     open: OpenChunk | None
     head: HeadCheck
@@ -155,6 +181,17 @@ def _place(chunk: int | None) -> str:
     return f"chunk {chunk}" if chunk is not None else "chain"
 
 
+def _note(told: ChunkNote) -> str:
+    note = told.note
+    span = f" of chunks {note.first} to {note.last}" if note.first else ""
+    return f"chunk {told.chunk}: {_plain(f'{note.kind}{span} at {note.at}: {note.text}'.removesuffix(': '))}"
+
+
+def _plain(text: str) -> str:
+    """Return text of the evidence in a form that cannot drive a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:400])
+
+
 def render_text(report: ChainReport, verbose: bool = False) -> str:
     """Return the report for people.  The first line is exactly `Chain Status: ✓ VALID` or `… ✗ INVALID`."""
     out = [f"Chain Status: {'✓ VALID' if report.valid else '✗ INVALID'}"]
@@ -168,14 +205,28 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
         if first.hint:
             out.append(f"  Hint: {first.hint}")
     statuses = [chunk.status for chunk in report.chunks]
-    logged, pending = statuses.count(VALID_LOGGED), statuses.count(VALID_PENDING)
-    signed = logged + pending + (statuses.count(TIME_UNTRUSTED) if report.valid else 0)
+    signed = sum(statuses.count(status) for status in (VALID_LOGGED, VALID_PENDING, ARCHIVED))
+    signed += statuses.count(TIME_UNTRUSTED) if report.valid else 0
     sums = report.totals
     if report.chain_id:
         out.append(f"  Chain: {report.chain_id} of node {report.node}, since {report.created}")
+    if (before := report.predecessor) is not None:
+        known = (
+            f"chain {before.chain_id} up to chunk {before.index}" if before.chain_id else "a chain that is not known"
+        )
+        out.append(f"  Follows: {known}: {_plain(before.reason)}")
+    if report.state == "range":
+        out.append(f"  State: range, chunks {report.first} to {report.last}, as a signed manifest declares")
+    else:
+        out.append(f"  State: {report.state}")
     out.append(f"  Chunks: {signed} valid of {len(report.chunks)}; {report.lines} events, {report.bytes} bytes")
     if any(chunk.log for chunk in report.chunks):
         out.append(_log_line(report, statuses))
+    if report.archived.chunks:
+        out.append(
+            f"  Archived: {report.archived.chunks} of these chunks, {report.archived.lines} events: links, signatures"
+            " and accounting hold; their lines are not here"
+        )
     out.append(
         f"  Accounting: {sums.produced} produced = {sums.recorded} recorded + {sums.filtered} filtered"
         f" + {sums.lost} lost"
@@ -191,6 +242,7 @@ def render_text(report: ChainReport, verbose: bool = False) -> str:
         out += [f"    {_place(f.chunk)}: {f.code}: {f.message}" for f in shown]
         if len(shown) < len(report.faults):
             out.append(f"    … {len(report.faults) - len(shown)} more (--verbose shows all)")
+    out += [f"  Note: {_note(told)}" for told in report.notes]
     out += [f"  Warning: {_place(w.chunk)}: {w.message}" for w in report.warnings]
     if verbose:
         out += [f"    filtered {cause}: {n}" for cause, n in sorted(report.filtered_by_cause.items()) if n]

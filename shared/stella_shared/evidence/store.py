@@ -1,7 +1,7 @@
 """The evidence directory and its half of the state directory: made, checked, read back.
 
     output_directory/   chain.json, keys/*.pem, the chunks' files
-    state_directory/    keys/signing.key, keys/trusted.json, head.json
+    state_directory/    keys/signing.key, keys/trusted.json, head.json, notes/
 
 `initialise` may be called any number of times: it completes what a crash left half done, and refuses what no
 crash of ours can leave.
@@ -9,8 +9,11 @@ crash of ours can leave.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,13 +21,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared import clock, config
 from stella_shared.config import Signals
-from stella_shared.errors import ConfigError, NotFound, NotPermitted
-from stella_shared.evidence import canonical, keys, names
+from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError, TryAgain
+from stella_shared.evidence import canonical, keys, names, reset
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.records import FORMAT, Chain, Head, Predecessor
 from stella_shared.evidence.transparency.certificate import Identity
 
-HEAD = "head.json"
+HEAD = reset.HEAD
+#: Held (flock) by the signer of the chain, in the state directory.
+SIGNER_LOCK = "signer.lock"
 #: Where in the state directory the signer keeps the trust configuration that it used last.
 TRUST = "trust"
 TRUSTED_ROOT = "trusted_root.json"
@@ -40,6 +45,11 @@ class Places(msgspec.Struct, frozen=True):
     def head(self) -> Path:
         """The file that remembers the newest statement outside the evidence."""
         return self.state / HEAD
+
+    @property
+    def notes(self) -> Path:
+        """The directory of notes that wait for the signer."""
+        return self.state / "notes"
 
     def chunk(self, index: int, kind: str) -> Path:
         """Return the path of one of a chunk's files."""
@@ -68,8 +78,8 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
     """Make directories, key and chain where they are missing; leave everything else as it is.
 
     An evidence directory that was emptied gets a new chain, whose predecessor is the one `head.json` tells
-    of.  Raises `ConfigError`, naming the fix, when what is there is corrupt or half there, and `NotPermitted`
-    when the file system refuses.
+    of.  A reset that was begun is carried through first.  Raises `ConfigError`, naming the fix, when what is
+    there is corrupt or half there, and `NotPermitted` when the file system refuses.
     """
     disk = disk or Disk()
     where = places(signals)
@@ -88,22 +98,69 @@ def initialise(signals: Signals, disk: Disk | None = None) -> Initialised:
         ) from None
 
 
+@contextlib.contextmanager
+def signer_lock(where: Places) -> Iterator[None]:
+    """Hold the signer's lock for the block: no signer writes meanwhile.  Raises `TryAgain` when one has it."""
+    with (where.state / SIGNER_LOCK).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TryAgain(
+                f"a signer writes to {where.evidence}", hint="stop the node first: stella signals stop"
+            ) from None
+        yield
+
+
 def _initialise(where: Places, node: str, disk: Disk, *, local_key: bool) -> Initialised:
+    if (begun := reset.pending(where.state)) is None:
+        return _make(where, node, disk, None, local_key=local_key)
+    with signer_lock(where):
+        reset.move_aside(where.evidence, where.state, begun, disk)
+        made = _make(where, node, disk, begun.predecessor, local_key=local_key)
+        reset.finish(where.state, disk)
+    return made
+
+
+def _check_readable(where: Places) -> None:
+    """Raise `ConfigError` naming every document that is damaged, each with its fix."""
+    damaged: list[StellaError] = []
+    for read in (
+        lambda: read_chain(where.evidence),
+        lambda: read_head(where),
+        lambda: keys.load_trusted(where.state),
+    ):
+        try:
+            read()
+        except ConfigError as e:
+            damaged.append(e)
+    if damaged:
+        raise ConfigError(
+            "\n".join(str(e) for e in damaged),
+            hint="\n".join(e.hint for e in damaged),
+            runbook="emergency-clear-corrupted-state",
+        )
+
+
+def _make(where: Places, node: str, disk: Disk, left: Predecessor | None, *, local_key: bool) -> Initialised:
+    """Make what is missing.  `left` is what a reset says of the chain before, when a new one must be made."""
     for directory, mode in (
         (where.state, 0o700),
         (where.state / "keys", 0o700),
+        (where.notes, 0o700),
         (where.evidence, 0o750),
         (where.evidence / names.KEYS, 0o750),
     ):
         if not directory.is_dir():
             directory.mkdir(mode=mode, parents=True)
             disk.sync_directory(directory.parent)
+    _check_readable(where)
     chain = read_chain(where.evidence)
     chunks = sorted(name for name in _names(where.evidence) if names.parse_chunk_file(name))
     if chain is None and chunks:
         raise ConfigError(
             f"{where.evidence} holds chunks ({chunks[0]} …) but no {names.CHAIN}",
-            hint=f"restore {names.CHAIN} from a backup, or move everything out of the directory and init again",
+            hint=f"restore {names.CHAIN} from a backup, or begin a new chain: stella signals reset-chain --confirm",
+            runbook="emergency-clear-corrupted-state",
         )
     if chain is not None and chain.node != node:
         raise ConfigError(
@@ -115,11 +172,8 @@ def _initialise(where: Places, node: str, disk: Disk, *, local_key: bool) -> Ini
     new_chain = chain is None
     if chain is None:
         head = read_head(where)
-        predecessor = (
-            Predecessor(head.chain_id, head.index, head.statement_sha256, "the evidence directory was emptied")
-            if head
-            else None
-        )
+        emptied = "the evidence directory was emptied"
+        predecessor = left or (Predecessor(head.chain_id, head.index, head.statement_sha256, emptied) if head else None)
         chain = Chain(FORMAT, secrets.token_hex(16), node, clock.utc_text(time.time_ns()), predecessor)
         disk.put(where.evidence / names.CHAIN, canonical.dumps(chain))
     return Initialised(
@@ -136,8 +190,8 @@ def _key(where: Places, disk: Disk, *, has_chunks: bool) -> tuple[str, bool]:
         if has_chunks:
             raise ConfigError(
                 f"{where.evidence} holds chunks, but the key that signs them is gone",
-                hint=f"restore {where.state / 'keys' / keys.SIGNING_KEY} from a backup, or move the evidence away "
-                "and init again: the new chain names this one as its predecessor",
+                hint=f"restore {where.state / 'keys' / keys.SIGNING_KEY} from a backup, or begin a new chain, which "
+                "names this one as its predecessor: stella signals reset-chain --confirm",
             ) from None
         key, new = keys.create_local_key(where.state, disk), True
     return trust_key(where, key.public_key(), disk), new
@@ -180,7 +234,7 @@ def read_chain(evidence: Path) -> Chain | None:
         return None
     except ValueError as e:
         raise ConfigError(
-            f"{path}: {e}", hint="restore it from a backup, or move the evidence away and run: stella signals init"
+            f"{path}: {e}", hint="restore it from a backup, or begin a new chain: stella signals reset-chain --confirm"
         ) from None
     if chain.format != FORMAT:
         raise ConfigError(f"{path} is of format {chain.format}, this release writes {FORMAT}")
@@ -196,5 +250,6 @@ def read_head(where: Places) -> Head | None:
     except ValueError as e:
         raise ConfigError(
             f"{where.head}: {e}",
-            hint="with the evidence in place it can be removed: the signer rebuilds it; else restore it from a backup",
+            hint=f"mv {where.head} {where.head}.corrupt: with the evidence in place the signer makes it anew; "
+            "without, the new chain cannot name its predecessor",
         ) from None

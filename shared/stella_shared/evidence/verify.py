@@ -21,14 +21,38 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted, UsageError
-from stella_shared.evidence import archive, canonical, dsse, keys, names, records, report, statement
+from stella_shared.evidence import (
+    archive,
+    canonical,
+    dsse,
+    extent,
+    keys,
+    manifest,
+    names,
+    notes,
+    pins,
+    records,
+    report,
+    reset,
+    statement,
+)
 from stella_shared.evidence.chunk_reader import ChunkReader
 from stella_shared.evidence.disk import TMP_SUFFIX
 from stella_shared.evidence.lines import Digest, LineChecker
+from stella_shared.evidence.pins import Pin
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
-from stella_shared.evidence.report import ChainReport, ChunkReport, Fault, HeadCheck, OpenChunk, Warning
+from stella_shared.evidence.report import (
+    Archived,
+    ChainReport,
+    ChunkNote,
+    ChunkReport,
+    Fault,
+    HeadCheck,
+    OpenChunk,
+    Warning,
+)
 from stella_shared.evidence.statement import Statement
-from stella_shared.evidence.store import TRUST, TRUSTED_ROOT
+from stella_shared.evidence.store import SIGNER_LOCK, TRUST, TRUSTED_ROOT
 from stella_shared.evidence.transparency import bundle, certificate
 from stella_shared.evidence.transparency.certificate import Identity
 from stella_shared.evidence.transparency.trust import parse as parse_root
@@ -37,6 +61,7 @@ from stella_shared.evidence.vouching import Files, Trust, Vouched, clock_ahead, 
 MAX_JSON_BYTES: Final = 64 << 20
 _IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
 _LISTING_TRIES: Final = 5
+_WALK_TRIES: Final = 3
 
 Progress = Callable[[int, int], None]
 
@@ -48,8 +73,13 @@ def verify_chain(
     head: Path | None = None,
     progress: Progress | None = None,
     trust: Trust | None = None,
+    own: bool = False,
 ) -> ChainReport:
     """Return the answer about the evidence in `path`: a directory, or a .tar, .tar.gz or .tgz of one.
+
+    A signed manifest in it declares which part of a chain it is meant to be.  `head` is a pinned end (`pins`).
+    A node's `own` evidence is whole: there a manifest would only hide a cut, so it is a fault.  The directory
+    beside which `state` belongs to a signer is taken for such.
 
     `trust` says who is believed: keys, identities of keyless signers, a trusted root for logs and authorities;
     `trusted_keys`, key ids in hex (`sha256:` may stand before), is the short form.  Without either, and without
@@ -63,7 +93,14 @@ def verify_chain(
         raise NotFound(f"no evidence at {path}", hint="name an evidence directory, or a .tar.gz of one")
     try:
         if path.is_dir():
-            return _Walk(path, path, trust=trust, head=head, strange=[], progress=progress).run()
+            for left in reversed(range(_WALK_TRIES)):
+                try:
+                    walk = _Walk(path, path, trust=trust, head=head, strange=[], progress=progress, own=own)
+                    return walk.run()
+                except FileNotFoundError:
+                    # A cleanup took a file that was listed a moment before: what is there now is asked.
+                    if not left:
+                        raise
         if not path.name.endswith(archive.SUFFIXES):
             raise UsageError(f"{path} is neither a directory nor one of {', '.join(archive.SUFFIXES)}")
         with archive.unpacked(path) as inside:
@@ -106,6 +143,7 @@ class _Walk:
         head: Path | None,
         strange: list[str],
         progress: Progress | None,
+        own: bool = False,
     ) -> None:
         self._shown = shown
         self._directory = directory
@@ -116,6 +154,11 @@ class _Walk:
         self._trust = trust if trust is not None else self._own_trust(state)
         self._head_path = head or (state / "head.json" if state else None)
         self._head_required = head is not None
+        self._own = own or (
+            state is not None and any((state / name).exists() for name in (f"keys/{keys.SIGNING_KEY}", SIGNER_LOCK))
+        )
+        self._declared: list[manifest.Manifest] = []
+        self._first = names.FIRST_INDEX
         self._strange = strange
         self._keys: dict[str, ec.EllipticCurvePublicKey] = {}
         self._chain: Chain | None = None
@@ -124,11 +167,14 @@ class _Walk:
         self._before: _Known | None = None
         self._standing: Standing | None = records.standing_after([], [])
         self._at_head: Head | None = None
+        self._statements: dict[int, str] = {}
         self._last_signed = 0
         self._unjudged = 0
         self._lost: dict[str, int] = {}
         self._filtered: dict[str, int] = {}
         self._bytes_done = self._bytes_total = 0
+        self._bare: set[int] = set()
+        self._notes: list[ChunkNote] = []
 
     def _fault(self, code: str, chunk: int | None, message: str, hint: str = "") -> None:
         self._faults.append(Fault(code, chunk, message, hint))
@@ -148,7 +194,7 @@ class _Walk:
             self._warn("no_trust", None, str(e))
             return Trust()
 
-    def _read_head(self) -> Head | None:
+    def _read_head(self) -> Pin | None:
         if self._head_path is None:
             return None
         try:
@@ -166,7 +212,7 @@ class _Walk:
             self._fault("malformed", None, f"{self._head_path}: {e}")
             return None
         try:
-            return canonical.loads(data, Head)
+            return pins.read(data)
         except ValueError as e:
             self._fault(form_code(e), None, f"{self._head_path}: {e}")
             return None
@@ -183,8 +229,11 @@ class _Walk:
             self._fault("inserted", None, f"{name} is no file of an evidence directory")
         kinds = self._chunk_files(listing)
         opened = self._open_chunk(kinds)
+        self._read_declared(listing)
         with ChunkReader() as self._reader:
             self._walk(kinds, head)
+        self._settle_bare()
+        self._check_declared()
         self._check_end(head)
         return self._report(opened, head)
 
@@ -249,6 +298,8 @@ class _Walk:
             file = names.parse_chunk_file(name)
             if file is not None and kind == "file":
                 kinds.setdefault(file.index, set()).add(file.kind)
+            elif names.is_manifest(name) and kind == "file" and not self._own:
+                pass
             elif name not in (names.CHAIN, names.KEYS) and not (kind == "directory" and name in _IGNORED_DIRECTORIES):
                 base = name.removesuffix(TMP_SUFFIX)
                 if not self._left_over(name, names.parse_chunk_file(base) or (base == names.CHAIN or None), name):
@@ -278,9 +329,11 @@ class _Walk:
 
     # -- the chunks ------------------------------------------------------------------------------------
 
-    def _walk(self, kinds: dict[int, set[str]], head: Head | None) -> None:
+    def _walk(self, kinds: dict[int, set[str]], head: Pin | None) -> None:
         last_enveloped = max((i for i, files in kinds.items() if names.ENVELOPE in files), default=0)
-        expected = names.FIRST_INDEX
+        expected = self._first = extent.first_chunk(self._declared, kinds)
+        if expected != names.FIRST_INDEX:
+            self._take_anchor(expected - 1, kinds.pop(expected - 1, set()))
         self._bytes_total = self._data_bytes(kinds)
         self._progress(0, self._bytes_total)
         for index in sorted(kinds):
@@ -302,9 +355,12 @@ class _Walk:
         self._bytes_done += size
         self._progress(self._bytes_done, self._bytes_total)
 
-    def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Head | None) -> None:
+    def _chunk(self, index: int, files: set[str], *, unsigned_tail: bool, head: Pin | None) -> None:
         faults_before = len(self._faults)
         needed = {names.DATA, names.LEDGER} | (set() if unsigned_tail else {names.ENVELOPE})
+        if {names.LEDGER, names.ENVELOPE} <= files and names.DATA not in files:
+            needed.discard(names.DATA)
+            self._bare.add(index)
         for kind in sorted(needed - files):
             self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing")
         signed = names.ENVELOPE in files
@@ -319,22 +375,41 @@ class _Walk:
         if ledger is not None:
             data_is_signed = digest is not None and digest.sha256 == ledger.sha256
             self._identity(index, ledger, checker if data_is_signed else None)
+            for message in notes.form_faults(ledger):
+                self._fault("malformed", index, message)
+            self._notes += [ChunkNote(index, note) for note in ledger.notes]
         if unsigned_tail:
             self._warn("unsigned", index, "closed, and not signed yet: nothing vouches for it")
         status = _status({fault.code for fault in self._faults[faults_before:]}, vouched, signed=not unsigned_tail)
         self._chunks.append(_chunk_report(index, status, ledger, vouched, statement_sha256))
         if stated is not None:
             self._last_signed = index
+            self._statements[index] = statement_sha256
             if head is not None and ledger is not None and head.index == index:
                 self._at_head = records.head_of(ledger, statement_sha256, vouched.key_id)
-        self._before = _Known(
-            index,
-            ledger,
-            ledger_sha256,
-            stated.subject[0].digest.get("sha256", "") if stated else "",
-            statement_sha256,
-        )
+        self._stand(index, ledger, ledger_sha256, stated, statement_sha256)
+
+    def _stand(
+        self, index: int, ledger: Ledger | None, ledger_sha256: str, stated: Statement | None, statement_sha256: str
+    ) -> None:
+        """Remember a chunk as the one before the next."""
+        chunk_sha256 = stated.subject[0].digest.get("sha256", "") if stated else ""
+        self._before = _Known(index, ledger, ledger_sha256, chunk_sha256, statement_sha256)
         self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
+
+    def _settle_bare(self) -> None:
+        """Say of chunks whose lines are not here whether a signed note of a later chunk accounts for that."""
+        sound = {c.index for c in self._chunks if c.status not in (report.INVALID, report.UNSIGNED)}
+        archived = notes.covered(self._bare, [(told.chunk, told.note) for told in self._notes if told.chunk in sound])
+        archived |= self._bare & {index for declared in self._declared for index in declared.predicate.archived}
+        for index in sorted(self._bare - archived):
+            name = names.chunk_file(index, names.DATA)
+            self._fault("missing", index, f"{name} is missing, and no signed note says that it was cleaned up")
+        for place, chunk in enumerate(self._chunks):
+            if chunk.index in self._bare - archived:
+                self._chunks[place] = msgspec.structs.replace(chunk, status=report.INVALID)
+            elif chunk.index in archived and chunk.status not in (report.INVALID, report.UNTRUSTED_KEY):
+                self._chunks[place] = msgspec.structs.replace(chunk, status=report.ARCHIVED)
 
     def _envelope(self, index: int, files: set[str]) -> tuple[Statement | None, str, Vouched]:
         """Return (statement, its SHA-256, who vouches for it) of a chunk; faults say what does not hold."""
@@ -487,7 +562,61 @@ class _Walk:
 
     # -- the end ---------------------------------------------------------------------------------------
 
-    def _check_end(self, head: Head | None) -> None:
+    def _take_anchor(self, index: int, files: set[str]) -> None:
+        """Stand after the chunk before the first one: its statement and ledger are here, its lines are not."""
+        for kind in sorted({names.LEDGER, names.ENVELOPE} - files):
+            self._fault("missing", index, f"{names.chunk_file(index, kind)} is missing: the export is anchored there")
+        signed = names.ENVELOPE in files
+        stated, statement_sha256, _ = self._envelope(index, files) if signed else (None, "", Vouched())
+        ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
+        ledger, ledger_sha256, form = self._ledger(ledger_bytes)
+        self._compare(index, stated=stated, ledger=ledger, ledger_sha256=ledger_sha256, form=form, digest=None)
+        if stated is not None:
+            self._links(index, stated)
+            self._statements[index] = statement_sha256
+        self._stand(index, ledger, ledger_sha256, stated, statement_sha256)
+
+    def _read_declared(self, listing: dict[str, str]) -> None:
+        """Read the manifests: they say which part of the chain this is.  Each must be signed by a trusted key."""
+        for name in [n for n, kind in listing.items() if kind == "file" and names.is_manifest(n) and not self._own]:
+            try:
+                found, opened = manifest.open_signed(_read(self._directory / name, manifest.MAX_ENVELOPE_BYTES))
+            except ValueError as e:
+                self._fault(form_code(e), None, f"{name}: {e}")
+                continue
+            told, chain = found.predicate, self._chain
+            if chain is not None and (told.chain_id, told.node) != (chain.chain_id, chain.node):
+                self._fault("spliced", None, f"{name} is of chain {told.chain_id}")
+                continue
+            if not self._signed_by_trusted(opened, name):
+                # The fault stands; the range is taken all the same, so that not every chunk is called missing.
+                found = msgspec.structs.replace(found, predicate=msgspec.structs.replace(told, archived=[]))
+            self._declared.append(found)
+
+    def _signed_by_trusted(self, opened: dsse.Opened, shown: str) -> bool:
+        """Return whether a trusted key has signed this; a fault says why not.
+
+        Where no key is trusted at all the keys that lie here are taken, so that all else can be looked at: the
+        chain is not valid then anyway.
+        """
+        named = [opened.key_id] if opened.key_id else sorted(self._trust.keys)
+        known = [key for key in named if not self._trust.anybody or key in self._trust.keys]
+        message = dsse.pae(dsse.PAYLOAD_TYPE, opened.payload)
+        if not known:
+            self._fault("unknown_key", None, f"{shown} is signed with key sha256:{opened.key_id[:64]}, not trusted")
+        elif any(keys.signature_holds(self._keys[k], message, opened.signature) for k in known if k in self._keys):
+            return True
+        else:
+            self._fault("bad_signature", None, f"{shown}: no key in {names.KEYS}/ has made its signature")
+        return False
+
+    def _check_declared(self) -> None:
+        """Hold what the manifests say against what is here."""
+        for declared in self._declared:
+            for fault in extent.faults(declared, self._directory, self._statements, self._last_signed, self._chunks):
+                self._fault(fault.code, fault.chunk, fault.message)
+
+    def _check_end(self, head: Pin | None) -> None:
         if not self._last_signed:
             self._fault("unsigned", None, "nothing here is signed", hint="a node signs its first chunk when it starts")
         elif not self._trust.anybody:
@@ -499,38 +628,50 @@ class _Walk:
                 hint="name the key you trust: " + " ".join(f"--key sha256:{key}" for key in found[:3]),
             )
         if head is None or self._chain is None:
-            if head is None:
+            if head is None and not self._declared:
                 self._warn("no_head", None, "no head to compare the end with: a cut at the end would not show")
             return
         if head.chain_id != self._chain.chain_id:
             predecessor = self._chain.predecessor
             follows = predecessor is not None and predecessor.chain_id == head.chain_id
             # The new chain's own head is written right after its first signature.
-            if not follows or self._last_signed > names.FIRST_INDEX:
+            if not self._head_required and reset.is_aside(self._shown.name, self._chain.chain_id):
+                self._warn("no_head", None, f"this chain was left; the head is of chain {head.chain_id}")
+            elif not follows or self._last_signed > names.FIRST_INDEX:
                 self._fault("spliced", None, f"the head is of chain {head.chain_id}")
             return
-        if head.index > self._last_signed:
-            at = self._last_signed + 1
-            self._fault("truncated", at, f"the chain ends before chunk {head.index}, which the head tells of")
-        elif self._at_head is not None and self._at_head != head:
-            if self._at_head.statement_sha256 != head.statement_sha256:
-                self._fault("forked", head.index, "the head names another statement than the one that is here")
-            else:
-                self._fault("edited", head.index, "the head does not say what its chunk says")
+        if head.signed is not None and not self._signed_by_trusted(head.signed, str(self._head_path)):
+            return
+        # A part that a manifest declares may well end before the newest statement that is known.
+        needed = head.declared or (0 if self._declared else head.index)
+        after, before = self._last_signed + 1, head.previous
+        if needed > self._last_signed:
+            self._fault("truncated", after, f"the chain ends before chunk {needed}, which the head tells of")
+        elif before and self._statements.get(before.index, before.statement_sha256) != before.statement_sha256:
+            self._fault("forked", before.index, "the head follows another statement than the one that is here")
+        elif self._statements.get(head.index, head.statement_sha256) != head.statement_sha256:
+            self._fault("forked", head.index, "the head names another statement than the one that is here")
+        elif self._at_head is not None and head.head is not None and self._at_head != head.head:
+            self._fault("edited", head.index, "the head does not say what its chunk says")
 
     def _anchor(self) -> None:
         """Give the chunks before a logged one what it proves of them: it names them by digest, one by one."""
         anchor: ChunkReport | None = None
         for i in range(len(self._chunks) - 1, -1, -1):
             chunk = self._chunks[i]
-            if chunk.status in (report.VALID_LOGGED, report.TIME_UNTRUSTED) and chunk.log:
+            if chunk.log and chunk.status in (report.VALID_LOGGED, report.TIME_UNTRUSTED, report.ARCHIVED):
                 anchor = chunk
-            elif chunk.status == report.VALID_PENDING and anchor is not None:
-                self._chunks[i] = msgspec.structs.replace(chunk, status=anchor.status, logged_by=anchor.index)
-            elif chunk.status != report.VALID_PENDING:
+            elif chunk.status not in (report.VALID_PENDING, report.ARCHIVED):
                 anchor = None
+            elif anchor is not None:
+                status = report.VALID_LOGGED if anchor.trusted_time else report.TIME_UNTRUSTED
+                self._chunks[i] = msgspec.structs.replace(
+                    chunk,
+                    status=chunk.status if chunk.status == report.ARCHIVED else status,
+                    logged_by=anchor.index,
+                )
 
-    def _report(self, opened: OpenChunk | None, head: Head | None) -> ChainReport:
+    def _report(self, opened: OpenChunk | None, head: Pin | None) -> ChainReport:
         self._anchor()
         if self._unjudged:
             self._warn(
@@ -550,6 +691,9 @@ class _Walk:
             node=chain.node if chain else "",
             created=chain.created if chain else "",
             predecessor=chain.predecessor if chain else None,
+            state=extent.state(faults, self._first, self._last_signed, self._declared),
+            first=self._first,
+            last=self._last_signed,
             totals=Accounting(
                 sum(s.produced for s in sums),
                 sum(s.recorded for s in sums),
@@ -560,9 +704,17 @@ class _Walk:
             filtered_by_cause=dict(sorted(self._filtered.items())),
             lines=sum(chunk.lines for chunk in self._chunks),
             bytes=sum(chunk.bytes for chunk in self._chunks),
+            archived=Archived(
+                sum(chunk.status == report.ARCHIVED for chunk in self._chunks),
+                sum(chunk.lines for chunk in self._chunks if chunk.status == report.ARCHIVED),
+                sum(chunk.bytes for chunk in self._chunks if chunk.status == report.ARCHIVED),
+            ),
+            notes=self._notes,
             chunks=self._chunks,
             open=opened,
-            head=HeadCheck(str(self._head_path), head.index, head.statement_sha256) if head else HeadCheck(),
+            head=HeadCheck(str(self._head_path), head.index, head.statement_sha256)
+            if head
+            else extent.declared_end(self._declared),
             trusted_keys=sorted(self._trust.keys),
             trusted_identities=sorted(self._trust.identities),
             trusted_root_sha256=self._trust.root.sha256 if self._trust.root else "",
