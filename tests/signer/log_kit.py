@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import anyio
 from tests.evidence.chain_maker import Node, small_chain
 from tests.sigstore import trust
 from tests.sigstore.log_standin import LogStandin
@@ -93,3 +94,13 @@ class Queue:
         envelope = self.node.file(index, names.ENVELOPE).read_bytes()
         verifier = proof_of_log.verifier_of(self.node.key._key.public_key(), None)
         return proof_of_log.check(self.bundle(index), envelope, verifier, self.around.services().root)
+
+
+def logged(folder: Path, node: Node, keep: int) -> None:
+    """Have a node's chunks logged, and leave only the bundles of those up to `keep`: the later ones are pending."""
+    with surroundings(2) as around:
+        anyio.run(Queue(folder, around, node).round)
+    for path in node.evidence.glob(f"*.{names.BUNDLE}"):
+        if int(path.name[:6]) > keep:
+            path.unlink()
+    (node.where.state / "checkpoints.json").unlink()

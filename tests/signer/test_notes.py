@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from chain_maker import Node, Source, one, small_chain
 from faulty_disk import FaultyDisk, Killed
+from tests.signer.log_kit import logged
 
 from stella_shared.errors import ConfigError, UsageError
 from stella_shared.evidence import canonical, names, notes
@@ -178,12 +179,19 @@ def test_a_note_of_another_form_is_a_fault(tmp_path: Path, change: dict[str, obj
 
 
 def test_chunks_that_are_to_be_logged_stay_until_they_are(tmp_path: Path) -> None:
-    """With a log configured, a chunk without its bundle stays, and the plan names it."""
+    """With a log configured, a chunk for which no entry vouches stays, and the plan names it.
+
+    An entry vouches for its chunk and for all before it.
+    """
     node = small_chain(tmp_path)
-    node.file(3, names.BUNDLE).write_bytes(b"{}")
+    logged(tmp_path, node, keep=2)
     plan = Cleanup(node.where, node.verify(), ended_before=LATER, must_be_logged=True)
-    assert ([3], [2]) == (plan.indexes, plan.kept_for_the_log)
-    assert [False, False, True, False] == [plan.removable(index) for index in (1, 2, 3, 4)]
+    assert ([2], [3]) == (plan.indexes, plan.kept_for_the_log)
+    assert [False, True, False, False] == [plan.removable(index) for index in (1, 2, 3, 4)]
+    logged(tmp_path, node, keep=3)
+    node.file(2, names.BUNDLE).unlink()
+    plan = Cleanup(node.where, node.verify(), ended_before=LATER, must_be_logged=True)
+    assert ([2, 3], []) == (plan.indexes, plan.kept_for_the_log)
 
 
 def test_young_and_unsigned_chunks_stay(tmp_path: Path) -> None:
