@@ -101,7 +101,7 @@ def vouch(
     except ValueError as e:
         verdict.object_to("bundle_mismatch", str(e))
         return verdict
-    if not files.certificate:
+    if files.certificate is None:
         _judge_key(verdict, trust, signed_at)
     if verifier is None:
         verdict.object_to("missing", f"the public key {opened.key_id[:64]} is not here")
@@ -110,7 +110,7 @@ def vouch(
         verdict.object_to("bad_signature", "the signature does not fit the statement")
         return verdict
     _judge_log(verdict, envelope, files, verifier, trust)
-    if files.certificate:
+    if files.certificate is not None:
         _judge_identity(verdict, files.certificate, trust)
     return verdict
 
@@ -150,16 +150,16 @@ def _judge_log(verdict: Vouched, envelope: bytes, files: Files, verifier: Verifi
     """Check bundle and timestamps against the trusted root."""
     signature = dsse.open_envelope(envelope).signature
     if trust.root is None:
-        verdict.unjudged = bool(files.bundle or files.stamps)
+        verdict.unjudged = files.bundle is not None or files.stamps is not None
         return
-    if files.stamps:
+    if files.stamps is not None:
         try:
             found, verdict.unknown_times = proof_of_log.check_times(decode_stamps(files.stamps), signature, trust.root)
             verdict.times = found
         except ValueError as e:
             verdict.object_to("bundle_mismatch", f"timestamps: {e}")
             return
-    if files.bundle:
+    if files.bundle is not None:
         try:
             proof = proof_of_log.check(files.bundle, envelope, verifier, trust.root)
         except ValueError as e:
