@@ -15,7 +15,8 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test lint check bench bench-signing bench-verify reference lock clean system-build system-test
+.PHONY: up demo install test crash-matrix lint check bench bench-signing bench-verify reference lock clean \
+	system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -68,6 +69,10 @@ lint: install
 
 test: install system-test $(NODE_MODULES) lint
 	$(BIN)/python -m pytest
+
+# Every system call of the signer on its files, failed and killed in turn: some minutes.
+crash-matrix: install system-test
+	$(BIN)/python -m tests.signer.crash_matrix
 
 bench: install
 	$(BIN)/python -m tests.bench
