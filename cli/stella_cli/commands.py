@@ -319,6 +319,9 @@ def test_probes(form: str | None) -> None:
     help="A newer statement kept elsewhere, to see a cut at the end: head.json, a manifest, or the dsse.json or "
     "sigstore.json of a later chunk.",
 )
+@click.option(
+    "--require-log", is_flag=True, help="Every signed chunk must be in a trusted log, itself or by a later one."
+)
 @_trust_options
 def verify_chain(
     *,
@@ -327,6 +330,7 @@ def verify_chain(
     form: str | None,
     offline: bool,
     head: str | None,
+    require_log: bool,
     keys: tuple[str, ...],
     identities: tuple[tuple[str, str], ...],
     trusted_root: str | None,
@@ -351,6 +355,7 @@ def verify_chain(
         target=_remembered("target"),
         named=_named(keys, identities, trusted_root),
         head=head,
+        require_log=require_log,
         verbose=verbose,
         as_json=form == "json",
     )

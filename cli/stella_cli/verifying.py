@@ -30,6 +30,7 @@ def run(
     target: str | None,
     named: NamedTrust,
     head: str | None,
+    require_log: bool,
     verbose: bool,
     as_json: bool,
 ) -> int:
@@ -45,6 +46,7 @@ def run(
             head=Path(head) if head else own_head,
             progress=progress,
             own=own_head is not None,
+            require_log=require_log,
         )
     if as_json:
         sys.stdout.buffer.write(encode_report(report))

@@ -78,6 +78,8 @@ def test_chunks_before_a_logged_one_are_vouched_for_by_it(tmp_path: Path) -> Non
         ("VALID_LOGGED", 3),
         ("VALID_PENDING", None),
     ]
+    strict = verify_chain(queue.node.evidence, trust=Trust({queue.node.key.key_id: ""}, root=root), require_log=True)
+    assert [("not_logged", 4)] == [(fault.code, fault.chunk) for fault in strict.faults]
 
 
 async def test_a_window_that_ends_after_it_was_seen_is_told(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ FAULT_CODES: Final = {
     "malformed": "not of the form that the format demands",
     "not_canonical": "the right value in another text than the canonical one",
     "unsigned": "nothing here is signed",
+    "not_logged": "no entry of a trusted log vouches for it, and --require-log asks for one",
 }
 
 VALID_LOGGED: Final = "VALID_LOGGED"

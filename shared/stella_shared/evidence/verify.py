@@ -74,6 +74,7 @@ def verify_chain(
     progress: Progress | None = None,
     trust: Trust | None = None,
     own: bool = False,
+    require_log: bool = False,
 ) -> ChainReport:
     """Return the answer about the evidence in `path`: a directory, or a .tar, .tar.gz or .tgz of one.
 
@@ -84,6 +85,7 @@ def verify_chain(
     `trust` says who is believed: keys, identities of keyless signers, a trusted root for logs and authorities;
     `trusted_keys`, key ids in hex (`sha256:` may stand before), is the short form.  Without either, and without
     `head`, the directory `state` beside the evidence is asked; an archive is never asked about its own trust.
+    With `require_log` a signed chunk for which no trusted log entry vouches is a fault.
     `progress(done, total)` is called with bytes as chunks are read.  Raises `NotFound` when there is nothing
     at `path`, `NotPermitted` when it may not be read, and `BadAnswer` for an archive that cannot be taken apart.
     """
@@ -95,7 +97,16 @@ def verify_chain(
         if path.is_dir():
             for left in reversed(range(_WALK_TRIES)):
                 try:
-                    walk = _Walk(path, path, trust=trust, head=head, strange=[], progress=progress, own=own)
+                    walk = _Walk(
+                        path,
+                        path,
+                        trust=trust,
+                        head=head,
+                        strange=[],
+                        progress=progress,
+                        own=own,
+                        require_log=require_log,
+                    )
                     return walk.run()
                 except FileNotFoundError:
                     # A cleanup took a file that was listed a moment before: what is there now is asked.
@@ -111,6 +122,7 @@ def verify_chain(
                 head=head,
                 strange=inside.strange,
                 progress=progress,
+                require_log=require_log,
             )
             return walk.run()
     except PermissionError as e:
@@ -144,6 +156,7 @@ class _Walk:
         strange: list[str],
         progress: Progress | None,
         own: bool = False,
+        require_log: bool = False,
     ) -> None:
         self._shown = shown
         self._directory = directory
@@ -154,6 +167,7 @@ class _Walk:
         self._trust = trust if trust is not None else self._own_trust(state)
         self._head_path = head or (state / "head.json" if state else None)
         self._head_required = head is not None
+        self._require_log = require_log
         self._own = own or (
             state is not None and any((state / name).exists() for name in (f"keys/{keys.SIGNING_KEY}", SIGNER_LOCK))
         )
@@ -673,6 +687,11 @@ class _Walk:
 
     def _report(self, opened: OpenChunk | None, head: Pin | None) -> ChainReport:
         self._anchor()
+        for chunk in self._chunks if self._require_log else []:
+            if chunk.logged_by is None and chunk.status not in (report.INVALID, report.UNSIGNED):
+                self._fault(
+                    "not_logged", chunk.index, "no entry of a trusted log vouches for it, and one was asked for"
+                )
         if self._unjudged:
             self._warn(
                 "unjudged",
