@@ -19,7 +19,7 @@ from stella_shared.evidence.disk import Disk
 from stella_shared.evidence.lines import MAX_LINE_BYTES
 from stella_shared.evidence.proof import Proof, Proven
 from stella_shared.evidence.prover import LineOf, Place, Prover, Wanted, place_of
-from stella_shared.evidence.verify import node_trust
+from stella_shared.evidence.trusted import node_trust
 from stella_shared.evidence.vouching import Trust
 
 _STDIN: Final = "-"

@@ -19,7 +19,8 @@ from stella_shared.evidence.store import HEAD
 from stella_shared.evidence.transparency.certificate import Identity
 from stella_shared.evidence.transparency.trust import TrustRoot
 from stella_shared.evidence.transparency.trust import parse as parse_root
-from stella_shared.evidence.verify import node_trust, verify_chain
+from stella_shared.evidence.trusted import node_trust
+from stella_shared.evidence.verify import verify_chain
 from stella_shared.evidence.vouching import Trust
 
 

@@ -10,8 +10,6 @@ them all.  The evidence may be written to meanwhile: the head is read first, the
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +22,7 @@ from stella_shared.errors import BadAnswer, ConfigError, NotFound, NotPermitted,
 from stella_shared.evidence import (
     archive,
     canonical,
+    comparison,
     dsse,
     extent,
     keys,
@@ -35,9 +34,11 @@ from stella_shared.evidence import (
     report,
     reset,
     statement,
+    verdicts,
 )
 from stella_shared.evidence.chunk_reader import ChunkReader
-from stella_shared.evidence.disk import TMP_SUFFIX
+from stella_shared.evidence.comparison import Known, Read, Surroundings
+from stella_shared.evidence.directory import Directory, read
 from stella_shared.evidence.lines import Digest, LineChecker
 from stella_shared.evidence.pins import Pin
 from stella_shared.evidence.records import Accounting, Chain, Head, Ledger, Standing
@@ -52,15 +53,11 @@ from stella_shared.evidence.report import (
     Warning,
 )
 from stella_shared.evidence.statement import Statement
-from stella_shared.evidence.store import SIGNER_LOCK, TRUST, TRUSTED_ROOT
+from stella_shared.evidence.store import SIGNER_LOCK
 from stella_shared.evidence.transparency import bundle, certificate
-from stella_shared.evidence.transparency.certificate import Identity
-from stella_shared.evidence.transparency.trust import parse as parse_root
+from stella_shared.evidence.trusted import node_trust
 from stella_shared.evidence.vouching import Files, Trust, Vouched, clock_ahead, earliest, form_code, vouch
 
-MAX_JSON_BYTES: Final = 64 << 20
-_IGNORED_DIRECTORIES: Final = frozenset({"lost+found"})
-_LISTING_TRIES: Final = 5
 _WALK_TRIES: Final = 3
 
 Progress = Callable[[int, int], None]
@@ -133,16 +130,6 @@ def verify_chain(
         raise BadAnswer(f"{e.filename or path} cannot be read: {e.strerror}", hint="check the disk") from None
 
 
-class _Known(msgspec.Struct, frozen=True):
-    """What the walk remembers of the chunk before."""
-
-    index: int
-    ledger: Ledger | None = None
-    ledger_sha256: str = ""
-    chunk_sha256: str = ""
-    statement_sha256: str = ""
-
-
 class _Walk:
     """One verification, from the first file to the report."""
 
@@ -178,7 +165,7 @@ class _Walk:
         self._chain: Chain | None = None
         self._manifest_sha256 = ""
         self._chunks: list[ChunkReport] = []
-        self._before: _Known | None = None
+        self._before: Known | None = None
         self._standing: Standing | None = records.standing_after([], [])
         self._at_head: Head | None = None
         self._statements: dict[int, str] = {}
@@ -212,7 +199,7 @@ class _Walk:
         if self._head_path is None:
             return None
         try:
-            data = _read(self._head_path)
+            data = read(self._head_path)
         except (FileNotFoundError, NotADirectoryError):
             if self._head_required:
                 raise NotFound(f"no head at {self._head_path}") from None
@@ -236,37 +223,25 @@ class _Walk:
     def run(self) -> ChainReport:
         """Walk the whole chain."""
         head = self._read_head()
-        listing = self._listing()
+        here = Directory(self._directory, self._own)
+        here.look()
+        self._keys = here.keys
         self._read_manifest()
-        self._read_keys(listing)
+        self._faults += here.faults
+        self._warnings += here.warnings
         for name in self._strange:
             self._fault("inserted", None, f"{name} is no file of an evidence directory")
-        kinds = self._chunk_files(listing)
-        opened = self._open_chunk(kinds)
-        self._read_declared(listing)
+        self._read_declared(here.manifests())
         with ChunkReader() as self._reader:
-            self._walk(kinds, head)
+            self._walk(here.kinds, head)
         self._settle_bare()
         self._check_declared()
         self._check_end(head)
-        return self._report(opened, head)
-
-    def _listing(self) -> dict[str, str]:
-        """Return the names with their kind: `file`, `directory`, or `other` (links too).
-
-        A rename under way may hide a file from a single look, so look until two agree.
-        """
-        seen = _look(self._directory)
-        for _ in range(_LISTING_TRIES):
-            again = _look(self._directory)
-            if again == seen:
-                break
-            seen = again
-        return seen
+        return self._report(here.opened, head)
 
     def _read_manifest(self) -> None:
         try:
-            data = _read(self._directory / names.CHAIN)
+            data = read(self._directory / names.CHAIN)
             self._manifest_sha256 = sha256(data).hexdigest()
             chain = canonical.loads(data, Chain)
             if chain.format != records.FORMAT:
@@ -276,70 +251,6 @@ class _Walk:
             self._fault("missing", None, f"{names.CHAIN} is missing")
         except ValueError as e:
             self._fault(form_code(e), None, f"{names.CHAIN}: {e}")
-
-    def _read_keys(self, listing: dict[str, str]) -> None:
-        directory = self._directory / names.KEYS
-        if listing.get(names.KEYS) != "directory":
-            self._fault("missing", None, f"the directory {names.KEYS} is missing")
-            return
-        for name, kind in _look(directory).items():
-            shown = f"{names.KEYS}/{name}"
-            identity = names.parse_key_file(name)
-            if identity is None or kind != "file":
-                if not self._left_over(name, names.parse_key_file(name.removesuffix(TMP_SUFFIX)), shown):
-                    self._fault("inserted", None, f"{shown} is no public key's name")
-                continue
-            try:
-                key = keys.load_public(_read(directory / name))
-            except ValueError as e:
-                self._fault(form_code(e), None, f"{shown}: {e}")
-                continue
-            if keys.key_id(key) != identity:
-                self._fault("edited", None, f"{shown} holds another key")
-                continue
-            self._keys[identity] = key
-
-    def _left_over(self, name: str, meant: object, shown: str) -> bool:
-        """Return whether `name` is the temporary form of a file we know: a crash leaves such, and nobody reads it."""
-        if not name.endswith(TMP_SUFFIX) or meant is None:
-            return False
-        self._warn("left_over", None, f"{shown} was being written when something died; it means nothing")
-        return True
-
-    def _chunk_files(self, listing: dict[str, str]) -> dict[int, set[str]]:
-        kinds: dict[int, set[str]] = {}
-        for name, kind in listing.items():
-            file = names.parse_chunk_file(name)
-            if file is not None and kind == "file":
-                kinds.setdefault(file.index, set()).add(file.kind)
-            elif names.is_manifest(name) and kind == "file" and not self._own:
-                pass
-            elif name not in (names.CHAIN, names.KEYS) and not (kind == "directory" and name in _IGNORED_DIRECTORIES):
-                base = name.removesuffix(TMP_SUFFIX)
-                if not self._left_over(name, names.parse_chunk_file(base) or (base == names.CHAIN or None), name):
-                    self._fault("inserted", None, f"{name} is no file of an evidence directory")
-        return kinds
-
-    def _open_chunk(self, kinds: dict[int, set[str]]) -> OpenChunk | None:
-        """Take the open chunk out of `kinds`, and refuse open files that stand anywhere but at the end."""
-        opened: OpenChunk | None = None
-        last = max(kinds, default=0)
-        for index in sorted(kinds):
-            files = kinds[index]
-            if names.OPEN_DATA in files and index == last and not files & {names.DATA, names.ENVELOPE}:
-                # Its ledger may be there already, when the signer is just closing it, or died doing so.
-                files.clear()
-                with contextlib.suppress(FileNotFoundError):  # closed since the listing
-                    size = (self._directory / names.chunk_file(index, names.OPEN_DATA)).stat().st_size
-                    opened = OpenChunk(index, size)
-            elif names.OPEN_DATA in files:
-                self._fault("inserted", index, f"{names.chunk_file(index, names.OPEN_DATA)} is not at the end")
-            elif names.OPEN_JOURNAL in files and index != last:
-                self._fault("inserted", index, f"{names.chunk_file(index, names.OPEN_JOURNAL)} is not at the end")
-            files -= {names.OPEN_DATA, names.OPEN_JOURNAL}
-            if not files:
-                del kinds[index]
-        return opened
 
     # -- the chunks ------------------------------------------------------------------------------------
 
@@ -383,9 +294,7 @@ class _Walk:
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
         checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
         digest = self._digest(index, checker) if names.DATA in files else None
-        self._compare(index, stated=stated, ledger=ledger, ledger_sha256=ledger_sha256, form=form, digest=digest)
-        if stated is not None:
-            self._links(index, stated)
+        self._hold(Read(index, stated, ledger, ledger_sha256, form, digest))
         if ledger is not None:
             data_is_signed = digest is not None and digest.sha256 == ledger.sha256
             self._identity(index, ledger, checker if data_is_signed else None)
@@ -394,8 +303,10 @@ class _Walk:
             self._notes += [ChunkNote(index, note) for note in ledger.notes]
         if unsigned_tail:
             self._warn("unsigned", index, "closed, and not signed yet: nothing vouches for it")
-        status = _status({fault.code for fault in self._faults[faults_before:]}, vouched, signed=not unsigned_tail)
-        self._chunks.append(_chunk_report(index, status, ledger, vouched, statement_sha256))
+        status = verdicts.status(
+            {fault.code for fault in self._faults[faults_before:]}, vouched, signed=not unsigned_tail
+        )
+        self._chunks.append(verdicts.chunk_report(index, status, ledger, vouched, statement_sha256))
         if stated is not None:
             self._last_signed = index
             self._statements[index] = statement_sha256
@@ -408,7 +319,7 @@ class _Walk:
     ) -> None:
         """Remember a chunk as the one before the next."""
         chunk_sha256 = stated.subject[0].digest.get("sha256", "") if stated else ""
-        self._before = _Known(index, ledger, ledger_sha256, chunk_sha256, statement_sha256)
+        self._before = Known(index, ledger, ledger_sha256, chunk_sha256, statement_sha256)
         self._standing = records.standing_after(ledger.runs, ledger.ended_runs) if ledger else None
 
     def _settle_bare(self) -> None:
@@ -428,16 +339,16 @@ class _Walk:
     def _envelope(self, index: int, files: set[str]) -> tuple[Statement | None, str, Vouched]:
         """Return (statement, its SHA-256, who vouches for it) of a chunk; faults say what does not hold."""
 
-        def read(kind: str, limit: int) -> bytes | None:
-            return _read(self._directory / names.chunk_file(index, kind), limit) if kind in files else None
+        def beside_it(kind: str, limit: int) -> bytes | None:
+            return read(self._directory / names.chunk_file(index, kind), limit) if kind in files else None
 
         name = names.chunk_file(index, names.ENVELOPE)
         try:
-            envelope = read(names.ENVELOPE, dsse.MAX_ENVELOPE_BYTES) or b""
+            envelope = beside_it(names.ENVELOPE, dsse.MAX_ENVELOPE_BYTES) or b""
             beside = Files(
-                read(names.CERTIFICATE, certificate.MAX_BYTES),
-                read(names.STAMPS, bundle.MAX_BYTES),
-                read(names.BUNDLE, bundle.MAX_BYTES),
+                beside_it(names.CERTIFICATE, certificate.MAX_BYTES),
+                beside_it(names.STAMPS, bundle.MAX_BYTES),
+                beside_it(names.BUNDLE, bundle.MAX_BYTES),
             )
         except ValueError as e:
             self._fault("malformed", index, f"{name} or what lies beside it: {e}")
@@ -466,7 +377,7 @@ class _Walk:
 
     def _ledger_bytes(self, index: int) -> bytes | None:
         try:
-            return _read(self._directory / names.chunk_file(index, names.LEDGER))
+            return read(self._directory / names.chunk_file(index, names.LEDGER))
         except ValueError as e:
             self._fault("malformed", index, f"ledger: {e}")
             return None
@@ -488,69 +399,12 @@ class _Walk:
             self._fault("malformed", index, str(e))
             return None
 
-    def _compare(
-        self,
-        index: int,
-        *,
-        stated: Statement | None,
-        ledger: Ledger | None,
-        ledger_sha256: str,
-        form: str,
-        digest: Digest | None,
-    ) -> None:
-        """Hold statement, ledger and bytes of one chunk against each other."""
-        data_name = names.chunk_file(index, names.DATA)
-        ledger_name = names.chunk_file(index, names.LEDGER)
-        said = stated.subject[0].digest.get("sha256", "") if stated else ledger.sha256 if ledger else ""
-        ledger_fits = not stated or not ledger_sha256 or ledger_sha256 == stated.predicate.accounting.ledger_sha256
-        data_fits = digest is None or not said or digest.sha256 == said
-        if not ledger_fits and not data_fits and ledger and digest and ledger.sha256 == digest.sha256:
-            self._fault("bundle_mismatch", index, "the statement describes another chunk than the one that is here")
-            return
-        if not ledger_fits:
-            self._fault("edited", index, f"{ledger_name} is not what was signed")
-        elif form:
-            self._fault(form_code(form), index, f"{ledger_name}: {form}")
-        if not data_fits:
-            self._fault("edited", index, f"{data_name} is not what was signed")
-        if ledger is None or not ledger_fits:
-            return
-        if self._chain and (ledger.chain_id != self._chain.chain_id or ledger.format != records.FORMAT):
-            self._fault("spliced", index, f"{ledger_name} is of chain {ledger.chain_id}")
-        if ledger.index != index:
-            self._fault("reordered", index, f"{ledger_name} says that it is chunk {ledger.index}")
-        if digest and data_fits and _shape(digest) != (ledger.bytes, ledger.lines, ledger.merkle_root, ledger.sha256):
-            self._fault("bundle_mismatch", index, f"{ledger_name} does not describe {data_name}")
-        if digest and data_fits and not digest.complete:
-            self._fault("malformed", index, f"{data_name} does not end with a newline")
-        if stated and stated != statement.build(ledger, ledger_sha256, _context(stated)):
-            self._fault("bundle_mismatch", index, "statement and ledger do not describe the same thing")
-        before = self._before
-        if before and before.ledger_sha256 and ledger.previous_ledger_sha256 != before.ledger_sha256:
-            self._fault("forked", index, "its ledger continues another ledger than the one before it")
-        if index == names.FIRST_INDEX and ledger.previous_ledger_sha256:
-            self._fault("forked", index, "the first ledger names one before it")
-
-    def _links(self, index: int, stated: Statement) -> None:
-        link, chain = stated.predicate.chain, self._chain
-        if chain and (link.id != chain.chain_id or stated.predicate.host.node != chain.node):
-            self._fault("spliced", index, f"its statement is of chain {link.id}, node {stated.predicate.host.node}")
-            return
-        if link.index != index:
-            self._fault("reordered", index, f"its statement says that it is chunk {link.index}")
-            return
-        if stated.subject[0].name != names.chunk_file(index, names.DATA):
-            self._fault("bundle_mismatch", index, f"its statement is about {stated.subject[0].name}")
-        if chain and (link.manifest_sha256 != self._manifest_sha256 or link.predecessor != chain.predecessor):
-            self._fault("edited", index, f"{names.CHAIN} is not the one that was signed")
-        if (link.previous is None) != (index == names.FIRST_INDEX):
-            self._fault("forked", index, "only the first chunk has none before it")
-        before = self._before
-        if link.previous is None or before is None or not before.statement_sha256:
-            return
-        here = (before.index, before.chunk_sha256, before.statement_sha256)
-        if (link.previous.index, link.previous.chunk_sha256, link.previous.statement_sha256) != here:
-            self._fault("forked", index, f"it follows another chunk {link.previous.index} than the one that is here")
+    def _hold(self, chunk: Read) -> None:
+        """Hold a chunk's parts against each other, and against the chunk before."""
+        around = Surroundings(self._chain, self._manifest_sha256, self._before)
+        self._faults += comparison.faults(chunk, around)
+        if chunk.stated is not None:
+            self._faults += comparison.link_faults(chunk.index, chunk.stated, around)
 
     def _identity(self, index: int, ledger: Ledger, checker: LineChecker | None) -> None:
         for message in records.identity_faults(ledger):
@@ -584,17 +438,16 @@ class _Walk:
         stated, statement_sha256, _ = self._envelope(index, files) if signed else (None, "", Vouched())
         ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
-        self._compare(index, stated=stated, ledger=ledger, ledger_sha256=ledger_sha256, form=form, digest=None)
+        self._hold(Read(index, stated, ledger, ledger_sha256, form, None))
         if stated is not None:
-            self._links(index, stated)
             self._statements[index] = statement_sha256
         self._stand(index, ledger, ledger_sha256, stated, statement_sha256)
 
-    def _read_declared(self, listing: dict[str, str]) -> None:
+    def _read_declared(self, manifests: list[str]) -> None:
         """Read the manifests: they say which part of the chain this is.  Each must be signed by a trusted key."""
-        for name in [n for n, kind in listing.items() if kind == "file" and names.is_manifest(n) and not self._own]:
+        for name in manifests:
             try:
-                found, opened = manifest.open_signed(_read(self._directory / name, manifest.MAX_ENVELOPE_BYTES))
+                found, opened = manifest.open_signed(read(self._directory / name, manifest.MAX_ENVELOPE_BYTES))
             except ValueError as e:
                 self._fault(form_code(e), None, f"{name}: {e}")
                 continue
@@ -668,25 +521,8 @@ class _Walk:
         elif self._at_head is not None and head.head is not None and self._at_head != head.head:
             self._fault("edited", head.index, "the head does not say what its chunk says")
 
-    def _anchor(self) -> None:
-        """Give the chunks before a logged one what it proves of them: it names them by digest, one by one."""
-        anchor: ChunkReport | None = None
-        for i in range(len(self._chunks) - 1, -1, -1):
-            chunk = self._chunks[i]
-            if chunk.log and chunk.status in (report.VALID_LOGGED, report.TIME_UNTRUSTED, report.ARCHIVED):
-                anchor = chunk
-            elif chunk.status not in (report.VALID_PENDING, report.ARCHIVED):
-                anchor = None
-            elif anchor is not None:
-                status = report.VALID_LOGGED if anchor.trusted_time else report.TIME_UNTRUSTED
-                self._chunks[i] = msgspec.structs.replace(
-                    chunk,
-                    status=chunk.status if chunk.status == report.ARCHIVED else status,
-                    logged_by=anchor.index,
-                )
-
     def _report(self, opened: OpenChunk | None, head: Pin | None) -> ChainReport:
-        self._anchor()
+        verdicts.anchor(self._chunks)
         for chunk in self._chunks if self._require_log else []:
             if chunk.logged_by is None and chunk.status not in (report.INVALID, report.UNSIGNED):
                 self._fault(
@@ -740,111 +576,3 @@ class _Walk:
             faults=faults,
             warnings=self._warnings,
         )
-
-
-def _look(directory: Path) -> dict[str, str]:
-    """Return the names in a directory, sorted, with what each is."""
-    with os.scandir(directory) as entries:
-        found = {
-            entry.name: "file"
-            if entry.is_file(follow_symlinks=False)
-            else "directory"
-            if entry.is_dir(follow_symlinks=False)
-            else "other"
-            for entry in entries
-        }
-    return dict(sorted(found.items()))
-
-
-def _read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return a file's bytes.  Raises `ValueError` when it is no regular file, or longer than `limit`."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("no regular file")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"longer than {limit} bytes")
-    return data
-
-
-def _shape(digest: Digest) -> tuple[int, int, str, str]:
-    return digest.bytes, digest.lines, digest.merkle_root, digest.sha256
-
-
-def _context(stated: Statement) -> statement.Context:
-    """Return what of a statement is checked elsewhere (links), or cannot be (the signer's version)."""
-    predicate = stated.predicate
-    return statement.Context(
-        predicate.host.node,
-        predicate.chain.manifest_sha256,
-        predicate.chain.predecessor,
-        predicate.chain.previous,
-        predicate.monitor.signer_version,
-    )
-
-
-def _status(codes: set[str], vouched: Vouched, *, signed: bool) -> str:
-    """Return a chunk's status, given the codes of its faults."""
-    if codes == {"untrusted_time"}:
-        return report.TIME_UNTRUSTED
-    if codes == {"unknown_key"}:
-        return report.UNTRUSTED_KEY
-    if codes:
-        return report.INVALID
-    if not signed:
-        return report.UNSIGNED
-    if not vouched.trusted:
-        return report.UNTRUSTED_KEY
-    if not vouched.logged:
-        return report.VALID_PENDING
-    return report.VALID_LOGGED if vouched.times else report.TIME_UNTRUSTED
-
-
-def _chunk_report(
-    index: int, status: str, ledger: Ledger | None, vouched: Vouched, statement_sha256: str
-) -> ChunkReport:
-    logged = vouched.logged[0] if vouched.logged else None
-    who = vouched.identity
-    known = ChunkReport(
-        index,
-        status,
-        key_id=vouched.key_id,
-        statement_sha256=statement_sha256,
-        identity=who,
-        trusted_time=earliest(vouched.times),
-        log=logged.log if logged else "",
-        log_index=logged.index if logged else None,
-        logged_by=index if logged else None,
-    )
-    if ledger is None:
-        return known
-    return msgspec.structs.replace(
-        known,
-        lines=ledger.lines,
-        bytes=ledger.bytes,
-        start=ledger.window.start,
-        end=ledger.window.end,
-        close_reason=ledger.close_reason,
-        chunk_sha256=ledger.sha256,
-        accounting=records.accounting(ledger),
-    )
-
-
-def node_trust(state: Path) -> Trust:
-    """Return whom a node trusts: its own keys and identities, and the root that it used last.
-
-    Raises `NotPermitted` and `ConfigError` as `keys.load_trust`.
-    """
-    listed = keys.load_trust(state)
-    path = state / TRUST / TRUSTED_ROOT
-    try:
-        root = parse_root(_read(path)) if path.exists() else None
-    except PermissionError as e:
-        raise NotPermitted(f"{path}: {e.strerror}", hint="run as the owner of the state directory") from None
-    except ValueError as e:
-        raise ConfigError(f"{path}: {e}", hint="remove it: the signer writes it anew from its configuration") from None
-    return Trust(
-        {key.key_id: key.not_after for key in listed.keys},
-        frozenset(Identity(who.subject, who.issuer) for who in listed.identities),
-        root,
-    )
