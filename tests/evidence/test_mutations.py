@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +23,7 @@ from tests.signer.log_kit import Queue, surroundings
 from tests.signer.test_remote_keys import WHO, Keyless, keyless_chain
 from tests.sigstore.fulcio import Fulcio
 
-from stella_shared.errors import StellaError
+from stella_shared.errors import BadAnswer, StellaError
 from stella_shared.evidence import canonical, names
 from stella_shared.evidence.keys import load_trusted
 from stella_shared.evidence.report import TIME_UNTRUSTED, VALID_LOGGED, VALID_PENDING, ChainReport
@@ -354,3 +357,39 @@ def test_an_added_file_is_seen(subject: Subject, data: st.DataObject) -> None:
             assert report.lines == subject.said.lines
     finally:
         path.unlink()
+
+
+# -- memory and archives -----------------------------------------------------------------------------------------------
+
+
+def test_hostile_evidence_takes_little_memory_and_time(tmp_path: Path) -> None:
+    """Documents of nothing but lists, and damaged archives: in a process that gets 768 MiB, each ends in an answer."""
+    small_chain(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.evidence.hostile", str(tmp_path), "200"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_members_of_an_archive_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories count too: each member takes memory, and a small archive may name very many."""
+    node = small_chain(tmp_path)
+    path = tmp_path / "e.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(node.evidence, "evidence")
+        for n in range(200):
+            member = tarfile.TarInfo(f"evidence/{n}")
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+    monkeypatch.setattr("stella_shared.evidence.archive.MAX_MEMBERS", 100)
+    with pytest.raises(BadAnswer, match="more than 100 members"):
+        verify_chain(path)
+
+
+def test_values_of_a_document_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document with very many values is refused before one of them is made."""
+    monkeypatch.setattr(canonical, "MAX_VALUES", 100)
+    assert canonical.loads(b"[" + b"1," * 98 + b"1]", list[int]) == [1] * 99
+    with pytest.raises(ValueError, match="more than 100 values"):
+        canonical.loads(b"[" + b"1," * 100 + b"1]", list[int])
