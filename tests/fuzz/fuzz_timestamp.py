@@ -1,7 +1,9 @@
-"""RFC 3161 timestamps and the file that holds them: no other time is believed, and nothing but `ValueError`."""
+"""Timestamps and certificates: no other time, nobody else is believed, and nothing is raised but `ValueError`."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from tests.fuzz.known import Known
 
 def target(folder: Path) -> Callable[[bytes], None]:
     """Return what is fuzzed."""
-    known = Known(folder, "v2")
+    known, keyless = Known(folder, "v2"), Known(folder, "keyless")
+    signed = {keyless.file(index, names.CERTIFICATE) for index in (1, 2, 3)}
+    issued = certificate.load(keyless.file(1, names.CERTIFICATE)).not_valid_before_utc
     real = {}
     for index in (1, 2, 3):
         signature = dsse.open_envelope(known.file(index, names.ENVELOPE)).signature
@@ -33,15 +37,21 @@ def target(folder: Path) -> Callable[[bytes], None]:
                     assert timestamp.check(response, signature, known.root) == at, "another time"
                 except ValueError:
                     continue
-        for load in (certificate.load, keys.load_public):
+        for pem in (data, b"-----BEGIN CERTIFICATE-----\n" + _text(data) + b"-----END CERTIFICATE-----\n"):
             try:
-                loaded = load(data)  # type: ignore[operator]
+                loaded = certificate.load(pem)
+                certificate.identity(loaded)
+                certificate.check(loaded, [issued], keyless.root)
             except ValueError:
                 continue
-            if load is certificate.load:
-                try:
-                    certificate.identity(loaded)
-                except ValueError:
-                    continue
+            assert pem in signed, "another certificate is believed"
+        with contextlib.suppress(ValueError):
+            keys.load_public(data)
 
     return one
+
+
+def _text(data: bytes) -> bytes:
+    """Return the lines of a PEM file."""
+    text = base64.b64encode(data)
+    return b"".join(text[at : at + 64] + b"\n" for at in range(0, len(text), 64))

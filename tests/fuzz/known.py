@@ -100,6 +100,8 @@ def _seed(folder: Path) -> None:
                 put("checkpoint", entry.inclusion_proof.checkpoint.envelope.encode())
             put("timestamp", known.file(index, names.STAMPS))
             put("timestamp", decode_stamps(known.file(index, names.STAMPS))[0])
+            if kind == "keyless":
+                put("timestamp", known.verifier(index).certificate)
         for n, path in enumerate(chain_files(known)):
             put("chain", bytes([KINDS.index(kind), n]) + path.read_bytes())
         for suffix in ("tar", "tar.gz"):

@@ -12,6 +12,9 @@ import pytest
 from tests.fuzz import known
 from tests.fuzz.__main__ import NAMES
 
+#: The library warns of certificates that it will refuse one day; it refuses or reads them here, as it likes.
+pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
