@@ -15,7 +15,7 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix lint check bench bench-signing bench-verify reference lock clean \
+.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify reference lock clean \
 	system-build system-test
 
 up: install
@@ -74,6 +74,13 @@ test: install system-test $(NODE_MODULES) lint
 crash-matrix: install system-test
 	$(BIN)/python -m tests.signer.crash_matrix
 
+# What reads strangers' documents, fuzzed for this long each; what is found stays in fuzz-findings/.
+FUZZ_SECONDS ?= 60
+fuzz: install
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check '$(shell sed -n 's/^fuzz = \["\(.*\)"\]/\1/p' pyproject.toml)'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	STELLA_MUTATIONS=$$(($(FUZZ_SECONDS) * 10)) $(BIN)/python -m pytest -q tests/evidence/test_mutations.py
+
 bench: install
 	$(BIN)/python -m tests.bench
 
@@ -90,7 +97,7 @@ reference: install
 # Rewrites requirements.lock from the ranges in pyproject.toml.
 lock: $(BIN)/python
 	$(BIN)/python -m pip install -q '.[all,test]'
-	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip > requirements.lock
+	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip --exclude atheris > requirements.lock
 
 clean:
 	rm -rf $(VENV) dist tests/sigstore/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

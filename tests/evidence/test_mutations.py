@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.evidence.chain_maker import Node, small_chain
@@ -20,13 +25,18 @@ from tests.signer.log_kit import Queue, surroundings
 from tests.signer.test_remote_keys import WHO, Keyless, keyless_chain
 from tests.sigstore.fulcio import Fulcio
 
-from stella_shared.errors import StellaError
-from stella_shared.evidence import canonical, names
+from stella_shared.errors import BadAnswer, StellaError
+from stella_shared.evidence import canonical, dsse, names
 from stella_shared.evidence.keys import load_trusted
 from stella_shared.evidence.report import TIME_UNTRUSTED, VALID_LOGGED, VALID_PENDING, ChainReport
+from stella_shared.evidence.stamps import decode_stamps
+from stella_shared.evidence.transparency import certificate, timestamp
+from stella_shared.evidence.transparency.trust import parse
 from stella_shared.evidence.verify import verify_chain
 from stella_shared.evidence.vouching import Trust
 
+#: The library warns of certificates that it will refuse one day; it refuses or reads them here, as it likes.
+pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 ROOT = Path(__file__).parents[2]
 KINDS = ("v1", "v2", "keyless")
 HEAD = "head"
@@ -354,3 +364,99 @@ def test_an_added_file_is_seen(subject: Subject, data: st.DataObject) -> None:
             assert report.lines == subject.said.lines
     finally:
         path.unlink()
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------
+
+
+def _flipped(der: bytes) -> Iterator[bytes]:
+    for at in range(len(der)):
+        for bit in range(8):
+            yield der[:at] + bytes([der[at] ^ 1 << bit]) + der[at + 1 :]
+
+
+def test_no_bit_of_a_certificate_ends_in_a_crash(subjects: dict[str, Subject]) -> None:
+    """Every single bit, in a signer's certificate and in an authority's: `ValueError`, or another certificate.
+
+    A version that does not exist is no `ValueError` of the library's, and was a traceback once.
+    """
+    pem = subjects["keyless"].node.file(2, names.CERTIFICATE).read_bytes()
+    real = x509.load_pem_x509_certificate(pem)
+    root = subjects["keyless"].trust.root
+    assert root is not None
+    messages = set()
+    for der in _flipped(real.public_bytes(serialization.Encoding.DER)):
+        text = base64.b64encode(der).decode()
+        lines = "".join(text[at : at + 64] + "\n" for at in range(0, len(text), 64))
+        try:
+            made = certificate.load(f"-----BEGIN CERTIFICATE-----\n{lines}-----END CERTIFICATE-----\n".encode())
+            certificate.identity(made)
+            certificate.check(made, [real.not_valid_before_utc], root)
+        except ValueError as e:
+            messages.add(str(e))
+        else:
+            raise AssertionError("a certificate that nobody issued is believed")
+    assert "18 is not a valid X509 version" in messages
+    document = json.loads(root.document)
+    place = document["timestampAuthorities"][0]["certChain"]["certificates"][0]
+    messages.clear()
+    for der in _flipped(base64.b64decode(place["rawBytes"])):
+        place["rawBytes"] = base64.b64encode(der).decode()
+        try:
+            parse(json.dumps(document).encode())
+        except ValueError as e:
+            messages.add(str(e).partition(": ")[2])
+    assert "18 is not a valid X509 version" in messages
+
+
+def test_no_byte_of_a_timestamp_ends_in_a_crash(subjects: dict[str, Subject]) -> None:
+    """Each byte of a response, in two bits: `ValueError`, or the same time; certificates lie in responses too."""
+    subject = subjects["v2"]
+    signature = dsse.open_envelope(subject.node.file(2, names.ENVELOPE).read_bytes()).signature
+    (response,) = decode_stamps(subject.node.file(2, names.STAMPS).read_bytes())
+    root = subject.trust.root
+    assert root is not None
+    real = timestamp.check(response, signature, root)
+    for at in range(len(response)):
+        for flip in (0x04, 0x10):
+            changed = response[:at] + bytes([response[at] ^ flip]) + response[at + 1 :]
+            try:
+                assert timestamp.check(changed, signature, root) == real
+            except ValueError:
+                continue
+
+
+# -- memory and archives -----------------------------------------------------------------------------------------------
+
+
+def test_hostile_evidence_takes_little_memory_and_time(tmp_path: Path) -> None:
+    """Documents of nothing but lists, and damaged archives: in a process that gets 768 MiB, each ends in an answer."""
+    small_chain(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.evidence.hostile", str(tmp_path), "200"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_members_of_an_archive_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories count too: each member takes memory, and a small archive may name very many."""
+    node = small_chain(tmp_path)
+    path = tmp_path / "e.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(node.evidence, "evidence")
+        for n in range(200):
+            member = tarfile.TarInfo(f"evidence/{n}")
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+    monkeypatch.setattr("stella_shared.evidence.archive.MAX_MEMBERS", 100)
+    with pytest.raises(BadAnswer, match="100 members"):
+        verify_chain(path)
+
+
+def test_values_of_a_document_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document with very many values is refused before one of them is made."""
+    monkeypatch.setattr(canonical, "MAX_VALUES", 100)
+    assert canonical.loads(b"[" + b"1," * 98 + b"1]", list[int]) == [1] * 99
+    with pytest.raises(ValueError, match="more than 100 values"):
+        canonical.loads(b"[" + b"1," * 100 + b"1]", list[int])

@@ -23,7 +23,8 @@ from stella_shared.evidence import names
 
 MAX_MEMBER_BYTES: Final = 8 << 30
 MAX_TOTAL_BYTES: Final = 64 << 30
-MAX_MEMBERS: Final = 1_000_000
+#: Of every kind: tarfile keeps about 1 KiB in memory for each.
+MAX_MEMBERS: Final = 250_000
 #: Evidence shrinks to a tenth or so; what would grow more than this, beyond a first 64 MiB, is made to fill a disk.
 MAX_RATIO: Final = 200
 _FREE_BYTES: Final = 64 << 20

@@ -17,6 +17,10 @@ from stella_shared.errors import BrokenPromise
 #: Integers above this are not exact in every JSON reader (RFC 8785 section 3.2.2.3): they travel as text.
 MAX_SAFE_INTEGER = 2**53 - 1
 
+#: A document that was put there to fill the verifier's memory has more values than this.  Ours have thousands; a ledger
+#: of as many coverage documents as it may hold, each with thousands of path patterns, stays below.
+MAX_VALUES = 4_000_000
+
 T = TypeVar("T")
 
 
@@ -41,14 +45,28 @@ def dumps(value: Any) -> bytes:
         raise BrokenPromise(f"no canonical JSON: {e}") from None
 
 
+def decode(data: bytes) -> Any:
+    """Return the value of any JSON text, canonical or not.
+
+    Raises `ValueError`; a text of very many values is refused before one of them is made.
+    """
+    # Every value but the first of its list or object stands behind a comma, and some commas stand in texts.
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
+        raise ValueError(str(e)) from None
+
+
 def loads(data: bytes, kind: type[T]) -> T:
     """Return `data` as `kind`.
 
     Raises `ValueError` whose text starts with `not canonical` when the bytes are not RFC 8785, and
     otherwise says what does not fit.  Duplicate keys, odd spacing and odd escapes are all not canonical.
     """
+    plain = decode(data)
     try:
-        plain = msgspec.json.decode(data)
         value = msgspec.convert(plain, kind, str_keys=True)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
         raise ValueError(str(e)) from None

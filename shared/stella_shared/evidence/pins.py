@@ -39,10 +39,7 @@ class Pin(msgspec.Struct, frozen=True):
 
 def read(data: bytes) -> Pin:
     """Parse a pinned end of any of the kinds above.  Raises `ValueError` for what is none."""
-    try:
-        plain = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
-        raise ValueError(str(e)) from None
+    plain = canonical.decode(data)
     if isinstance(plain, dict) and "payload" in plain:
         return _of_envelope(dsse.open_envelope(data, manifest.MAX_ENVELOPE_BYTES))
     if isinstance(plain, dict) and isinstance(plain.get("envelope"), dict):

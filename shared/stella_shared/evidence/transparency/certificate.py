@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier
@@ -23,6 +24,8 @@ MAX_BYTES: Final = 16 << 10
 #: Fulcio's issuer extensions: a DER UTF8String, and before that the bare text.
 _ISSUER_V2: Final = ObjectIdentifier("1.3.6.1.4.1.57264.1.8")
 _ISSUER_V1: Final = ObjectIdentifier("1.3.6.1.4.1.57264.1.1")
+#: What reading extensions may raise beside `ValueError`.
+_EXTENSION_ERRORS: Final = (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 class Identity(msgspec.Struct, frozen=True, order=True):
@@ -36,16 +39,26 @@ def load(pem: bytes) -> x509.Certificate:
     """Return the certificate of `NNNNNN.cert.pem`.  Raises `ValueError` unless it is one P-256 leaf, canonical PEM."""
     if len(pem) > MAX_BYTES:
         raise ValueError(f"a certificate of {len(pem)} bytes is over {MAX_BYTES}")
-    certificate = x509.load_pem_x509_certificate(pem)
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+    except x509.InvalidVersion as e:
+        raise ValueError(str(e)) from None
     if certificate.public_bytes(serialization.Encoding.PEM) != pem:
         raise ValueError("not canonical: the PEM text has something more, or other spacing")
+    # The signature ends the certificate, as a bit string: unused bits in it would be another text for the same.
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    if not der.endswith(b"\0" + certificate.signature):
+        raise ValueError("not canonical: a signature with unused bits")
     key_of(certificate)
     return certificate
 
 
 def key_of(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
     """Return the certificate's key.  Raises `ValueError` unless it is ECDSA P-256."""
-    key = certificate.public_key()
+    try:
+        key = certificate.public_key()
+    except UnsupportedAlgorithm as e:
+        raise ValueError(f"the certificate's key: {e}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("the certificate's key is not ECDSA P-256")
     return key
@@ -57,7 +70,7 @@ def identity(certificate: x509.Certificate) -> Identity:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         subjects = [str(name.value) for name in names]
         issuers = {e.oid: e.value for e in certificate.extensions if e.oid in (_ISSUER_V1, _ISSUER_V2)}
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as e:
+    except (*_EXTENSION_ERRORS, ValueError) as e:
         raise ValueError(f"the certificate names nobody: {e}") from None
     if len(subjects) != 1 or not issuers:
         raise ValueError(f"the certificate names {len(subjects)} subjects and {len(issuers)} issuers")
@@ -98,7 +111,7 @@ def check(certificate: x509.Certificate, at: Sequence[datetime], root: TrustRoot
             ).build_client_verifier().verify(certificate, [])
         usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
         extended = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (VerificationError, x509.ExtensionNotFound, x509.UnsupportedGeneralNameType, ValueError) as e:
+    except (VerificationError, *_EXTENSION_ERRORS, ValueError) as e:
         raise ValueError(f"the certificate does not hold: {e}") from None
     if not usage.digital_signature or ExtendedKeyUsageOID.CODE_SIGNING not in extended:
         raise ValueError("the certificate is not for signing")

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.evidence import dsse
 from stella_shared.evidence.canonical import base64_bytes
+from stella_shared.evidence.merkle_paths import HASH_BYTES, PATH_MAX, root_from_path
 from stella_shared.evidence.transparency import checkpoint as notes
 from stella_shared.evidence.transparency import tree
 from stella_shared.evidence.transparency.bundle import TlogEntry
@@ -122,7 +123,9 @@ def check(entry: TlogEntry, envelope: bytes, verifier: Verifier, root: TrustRoot
     signed = notes.parse(proof.checkpoint.envelope)
     notes.check_signature(signed, log)
     path = [base64_bytes(item) for item in proof.hashes]
-    computed = tree.root_from_inclusion(index, size, tree.leaf(body), path)
+    if len(path) > PATH_MAX or any(len(item) != HASH_BYTES for item in path):
+        raise ValueError("an inclusion proof with hashes of a wrong length, or with too many")
+    computed = root_from_path(tree.leaf(body), index, size, path)
     if (signed.size, signed.root) != (size, computed) or base64_bytes(proof.root_hash) != computed:
         raise ValueError("the inclusion proof does not lead to the log's checkpoint")
     if kind == V2:

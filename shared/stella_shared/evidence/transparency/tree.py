@@ -1,4 +1,4 @@
-"""Merkle proofs of RFC 9162: that a leaf is in a tree, and that a tree is the beginning of a later one.  Pure."""
+"""Logs as Merkle trees (RFC 9162): the hash of an entry, and that a tree is the beginning of a later one.  Pure."""
 
 from __future__ import annotations
 
@@ -21,30 +21,6 @@ def leaf(entry: bytes) -> bytes:
 def _checked(path: Sequence[bytes]) -> None:
     if len(path) > MAX_PATH or any(len(item) != HASH_BYTES for item in path):
         raise ValueError("a proof with hashes of a wrong length, or with too many")
-
-
-def root_from_inclusion(index: int, size: int, leaf_hash: bytes, path: Sequence[bytes]) -> bytes:
-    """Return the root of the tree of `size` leaves in which `leaf_hash` stands at `index` (RFC 9162 2.1.3.2).
-
-    Raises `ValueError` when the proof has not the form that such a tree demands.
-    """
-    _checked(path)
-    if not 0 <= index < size:
-        raise ValueError(f"entry {index} is outside a tree of {size}")
-    fn, sn, root = index, size - 1, leaf_hash
-    for item in path:
-        if sn == 0:
-            raise ValueError("the inclusion proof is too long")
-        if fn & 1 or fn == sn:
-            root = node(item, root)
-            while fn and not fn & 1:
-                fn, sn = fn >> 1, sn >> 1
-        else:
-            root = node(root, item)
-        fn, sn = fn >> 1, sn >> 1
-    if sn:
-        raise ValueError("the inclusion proof is too short")
-    return root
 
 
 def check_consistency(old_size: int, old_root: bytes, size: int, root: bytes, path: Sequence[bytes]) -> None:

@@ -166,7 +166,7 @@ def _log(item: _Tlog) -> Log:
 def _authority(item: _Authority) -> Authority:
     try:
         chain = [x509.load_der_x509_certificate(base64_bytes(c.raw_bytes)) for c in item.cert_chain.certificates]
-    except ValueError as e:
+    except (ValueError, x509.InvalidVersion) as e:
         raise ValueError(f"authority {item.uri or '?'}: {e}") from None
     if not chain:
         raise ValueError(f"authority {item.uri or '?'} has no certificate")
