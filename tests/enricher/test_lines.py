@@ -82,7 +82,7 @@ def redacted(event: events.Event) -> events.Event:
     if not isinstance(event, events.ProcessExec):
         return event
     cut = event.argv_truncated or event.argv_reason is not None
-    argv = Redactor().redact(event.argv, event.filename, cut=cut)
+    argv = Redactor().redact(event.argv, event.filename, script=event.interpreter is not None, cut=cut)
     if not argv.changed:
         return event
     return msgspec.structs.replace(event, argv=argv.argv, argv_redacted=argv.changed, argv_bytes=None)

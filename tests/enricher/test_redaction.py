@@ -54,16 +54,20 @@ def test_the_table_is_large_enough() -> None:
 def test_the_program_is_the_one_that_is_run() -> None:
     """By its file, by its name, behind its interpreter, as a script."""
     redactor = Redactor()
-    for argv, filename in (
-        (["mysql", "-pabc"], "/opt/weird-name"),
-        (["weird", "-pabc"], "/usr/bin/mysql"),
-        (["-mysql", "-pabc"], "/x"),
-        (["/usr/bin/perl", "-w", "/usr/bin/mytop", "-pabc"], "/usr/bin/mytop"),
-        (["python3.11", "/usr/bin/sshpass", "-pabc"], "/usr/bin/python3.11"),
+    for argv, filename, script in (
+        (["mysql", "-pabc"], "/opt/weird-name", False),
+        (["weird", "-pabc"], "/usr/bin/mysql", False),
+        (["-mysql", "-pabc"], "/x", False),
+        (["mysql", "/usr/bin/mysql", "-pabc"], "/usr/bin/mysql", False),
+        (["/usr/bin/perl", "-w", "/usr/bin/mytop", "-pabc"], "/usr/bin/mytop", True),
+        (["/usr/bin/perl", "./mytop", "-pabc"], "/usr/bin/mytop", True),
+        (["python3.11", "/usr/bin/sshpass", "-pabc"], "/usr/bin/python3.11", False),
     ):
-        assert "-p***" == redactor.redact(argv, filename).argv[-1]
+        assert "-p***" == redactor.redact(argv, filename, script=script).argv[-1]
     az = ["/usr/bin/python3", "/usr/bin/az", "login", "-u", "u", "-p", "abc"]
-    assert [*az[:-1], MARK] == redactor.redact(az, "/usr/bin/az").argv
+    assert [*az[:-1], MARK] == redactor.redact(az, "/usr/bin/az", script=True).argv
+    twice = ["mysql", "-pabc", "/usr/bin/mysql"]
+    assert ["mysql", "-p***", "/usr/bin/mysql"] == redactor.redact(twice, "/usr/bin/mysql").argv
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,8 @@ PLACES = [
     ["redis-cli", "-a", "{}"], ["ldapsearch", "-w", "{}"], ["smbclient", "-U", "u%{}"], ["lftp", "-u", "u,{}"],
     ["7z", "x", "-p{}"], ["sqlplus", "scott/{}@db"], ["nmcli", "c", "password", "{}"],
     ["aws", "configure", "set", "aws_secret_access_key", "{}"], ["vault", "login", "{}"], ["xfreerdp", "/p:{}"],
+    ["mysqlsh", "--uri", "u:{}@h:3306"], ["htpasswd", "-b", "f", "u", "{}"], ["ssh-keygen", "-N", "{}"],
+    ["ssh", "-o", "ProxyCommand=sshpass -p {} ssh x", "h"], ["docker-compose", "exec", "db", "mysql", "-p{}"],
     ["kubectl", "create", "secret", "generic", "s", "--from-literal=k={}"], ["sudo", "-u", "root", "mysql", "-p{}"],
     ["docker", "exec", "-it", "db", "mysql", "-p{}"], ["find", ".", "-exec", "mysql", "-p{}", ";"],
     ["ssh", "h", "mysql -p{} db"], ["sh", "-c", "app --password {} --x"], ["sh", "-c", "X_TOKEN={} app"],

@@ -136,7 +136,8 @@ class Lines(ABC):
 
     def _redacted(self, event: ProcessExec) -> ProcessExec:
         cut = event.argv_truncated or event.argv_reason is not None
-        redacted = self.redactor.redact(event.argv, event.filename, cut=cut)
+        script = event.interpreter is not None
+        redacted = self.redactor.redact(event.argv, event.filename, script=script, cut=cut)
         if not redacted.changed:
             return event
         return msgspec.structs.replace(event, argv=redacted.argv, argv_redacted=redacted.changed, argv_bytes=None)

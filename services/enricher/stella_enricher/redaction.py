@@ -49,35 +49,37 @@ class Redactor:
         self._patterns = [expressions.compile_pattern(text) for text in patterns] if enabled else []
         self._keep = frozenset(keep)
         self._enabled = enabled
-        self._remembered: dict[tuple[str, bool, tuple[str, ...]], tuple[Redacted, dict[str, int]]] = {}
+        self._remembered: dict[tuple[str, bool, bool, tuple[str, ...]], tuple[Redacted, dict[str, int]]] = {}
         self.counts = {"rule": 0, "pattern": 0, "failure": 0}
         own = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:12]
         self.version = ("off", RULES_VERSION, f"{RULES_VERSION}+{own}")[enabled and 1 + bool(patterns)]
 
-    def redact(self, argv: Sequence[str], filename: str, *, cut: bool = False) -> Redacted:
+    def redact(self, argv: Sequence[str], filename: str, *, script: bool = False, cut: bool = False) -> Redacted:
         """Return the command line of a program without its secrets.
 
-        `filename` is what was started, a script rather than its interpreter; `cut` says that the last argument
-        may go on where the text ends.  Never raises.
+        `filename` is what was started.  `script`: it is one, and stands in `argv` behind its interpreter.  `cut`:
+        the last argument may go on where the text ends.  Never raises.
         """
         if not self._enabled or filename.rpartition("/")[2] in self._keep:
             return Redacted(list(argv), [])
-        key = (filename, cut, tuple(argv))
+        key = (filename, script, cut, tuple(argv))
         known = self._remembered.get(key)
         if known is None:
             if len(self._remembered) >= REMEMBERED_MAX:
                 self._remembered.clear()
-            known = self._remembered[key] = self._redact(argv, filename, cut)
+            known = self._remembered[key] = self._redact(argv, filename, script=script, cut=cut)
         redacted, counts = known
         for cause, times in counts.items():
             self.counts[cause] += times
         return redacted
 
-    def _redact(self, argv: Sequence[str], filename: str, cut: bool) -> tuple[Redacted, dict[str, int]]:
+    def _redact(
+        self, argv: Sequence[str], filename: str, *, script: bool, cut: bool
+    ) -> tuple[Redacted, dict[str, int]]:
         causes: dict[int, str] = {}
         try:
             words = self._by_patterns(argv, causes)
-            first, program = _program(argv, filename)
+            first, program = _program(argv, filename, script)
             if _may_hold_secrets(argv, program):
                 for _ in range(_ROUNDS):
                     before, words = words, _by_rules(words, first, program, cut, causes)
@@ -128,11 +130,10 @@ def replaced(word: str, spans: Iterable[Span]) -> str:
     return "".join(out)
 
 
-def _program(argv: Sequence[str], filename: str) -> tuple[int, str]:
+def _program(argv: Sequence[str], filename: str, script: bool) -> tuple[int, str]:
     """Return the index of the word that names the program, behind a script's interpreter, and its name."""
-    for i in range(1, min(len(argv), 4)):
-        if argv[i] == filename:
-            return i, program_name(filename)
+    if script and filename in argv[1:4]:
+        return argv.index(filename, 1), program_name(filename)
     name = program_name(filename)
     return 0, name if has_rules(name) or not argv else program_name(argv[0])
 

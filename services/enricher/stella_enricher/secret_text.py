@@ -37,6 +37,9 @@ SWITCH: Final = re.compile(
 )
 #: Values that say how, not what.
 _SWITCH_VALUE: Final = frozenset({"true", "false", "yes", "no", "on", "off", "none", "null", "stdin", "prompt", "-"})
+_PASSWORD: Final = re.compile(r"(?i:pass|pwd|pw\Z)")
+#: `token: rename the field` is a commit's subject.
+_PROSE: Final = re.compile(r"[a-z]{1,15}(?![^\s.,;:!?)])")
 _FILE: Final = re.compile(r"(?:file://)?(?:~|\.{1,2}|[\w.-]+)?(?:/[\w.+@-]+)+/?|[\w+@-][\w.+@-]*")
 _FILE_ENDING: Final = re.compile(
     r"(?i:\.(?:pem|key|pub|crt|cer|der|p12|pfx|jks|json|ya?ml|toml|ini|conf|env|txt|gpg|asc|token|secret|cfg))\Z"
@@ -61,12 +64,15 @@ def is_secret_value(name: str, value: str, *, shell: bool = False) -> bool:
         return False
     if name in ("PWD", "OLDPWD"):
         return not bare.startswith("/")
+    if bare in ("0", "1") and SWITCH.search(name):
+        return False
     lower = name.lower()
-    if re.search(r"(?i:pass|pwd|pw\Z)", lower):
+    if _PASSWORD.search(name):
         return True
     if lower.endswith("secret") and re.match(r"(?:id|type|source|src|env)=", bare):
         return False
-    return not _is_file(bare)
+    # `credentials=/etc/c,vers=3`: what else there is has names of its own.
+    return not _is_file(bare.partition(",")[0])
 
 
 def _is_file(value: str) -> bool:
@@ -107,7 +113,7 @@ _TOKENS: Final = (
     (r"sq0[a-z]{3}-", r"[\w-]", 20),
     (r"AGE-SECRET-KEY-1", r"[0-9A-Z]", 40),
     (r"key-", r"[0-9a-f]", 32),
-    (r"[0-9]{8,10}:AA", r"[\w-]", 30),
+    (r"(?:bot)?[0-9]{8,10}:AA", r"[\w-]", 30),
 )
 _JWT: Final = r"eyJ[\w-]{5,}+\.[\w-]{5,}+(?:\.[\w-]*+)*+"
 _TOKEN: Final = re.compile(
@@ -154,6 +160,14 @@ _ODD_USERINFO: Final = re.compile(r"([^/?#@:\[]*+):(?![0-9]*[/?#])([^@]*+)@")
 _LONE_USER: Final = re.compile(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}(?=@)", re.ASCII)
 _QUERY: Final = re.compile(
     r"(?i:[?&](?:sig|signature|[a-z-]{0,20}-signature|auth|key|apikey|access[_-]?code|session(?:id)?|jwt)=)([^&#\s\"'<>`]++)"
+)
+
+
+#: `user:secret@host` without a scheme, all of a word.  A host has a dot or a port; a digest and a version are none.
+_LOGIN: Final = re.compile(
+    r"(?:[\w.-]{1,64}=)?[\w.+-]{1,64}:([^\s/:@]{1,256})@(?!sha[0-9])"
+    r"[A-Za-z][\w-]{0,63}(?:\.[\w.-]{1,255}|:[0-9]{1,5})(?![\w.-])",
+    re.ASCII,
 )
 
 
@@ -251,7 +265,11 @@ def _named(text: str, shell: bool) -> Iterator[Span]:
             end = text.find(text[at : at + 2], at + 2)
             yield at + 2, end if end >= 0 else len(text)
             continue
-        if text[at] in "\"'":
+        quoted = text[at] in "\"'"
+        if quoted and not match["close"] and text.count(text[at], 0, at) % 2:
+            # `expect "password:"`: the quote ends what began before the name.
+            at, quoted = at + 1, False
+        if quoted:
             end = quoted_end(text, at)
             if is_secret_value(name, text[at:end], shell=shell):
                 yield at + 1, end
@@ -259,7 +277,10 @@ def _named(text: str, shell: bool) -> Iterator[Span]:
         if sep.startswith(":") and not match["close"]:
             # `password: x` and `X-Api-Key:x`, but neither `arn:…:secret:name` nor `token:` of a URL.
             spaced = match["sep"][-1:] in " \t\n"
-            if sep == ":" and not spaced and not ("-" in name and begin <= 1):
+            header = "-" in name and begin <= 1
+            if sep == ":" and not spaced and not header:
+                continue
+            if not header and not _PASSWORD.search(name) and _PROSE.match(text, at):
                 continue
         value = (_IN_QUERY if text[begin - 1 : begin] in ("?", "&") else _WORD).match(text, at)
         if value and is_secret_value(name, value[0], shell=shell):
@@ -298,6 +319,8 @@ def spans_of(text: str, *, cut: bool = False, shell: bool = False) -> list[Span]
     found = list(_tokens(text, cut))
     if "://" in text or "=" in text:
         found += _urls(text, cut)
+    if "@" in text and (login := _LOGIN.match(text)):
+        found.append(login.span(1))
     if "-----BEGIN " in text:
         found += _private_keys(text)
     lower = text.lower()
@@ -328,6 +351,7 @@ _SIGNS: Final = (
     "identified",
     "://",
     "private key",
+    "@",
     "--user",
     "--creds",
     "--from-literal",

@@ -47,7 +47,7 @@ _WRAPPERS: Final[dict[str, tuple[int, str, frozenset[str]]]] = {
     )
     for name in names.split()
 }  # fmt: skip
-_CONTAINERS: Final = frozenset({"docker", "podman", "nerdctl"})
+_CONTAINERS: Final = frozenset({"docker", "podman", "nerdctl", "docker-compose", "podman-compose"})
 #: Their options that take no value of their own; every other one does.
 _CONTAINER_SWITCHES: Final = frozenset(
     [
@@ -169,13 +169,14 @@ def _table(*rows: tuple[str, str, str]) -> dict[str, _Options]:
 #: Program, or program and verb → options → kind.  The option "" stands for words that are no options.
 _OPTIONS: Final = _table(
     ("mysql, mariadb, pt-, mytop, mydumper, myloader, xtrabackup, innobackupex", "-p", _ALL),
-    ("curl", "-u --user -U --proxy-user", _COLON),
+    ("curl", "-u --user -U --proxy-user -E --cert --proxy-cert", _COLON),
     ("curl", "-b --cookie", _COOKIE),
     ("curl", "--proxy-pass", _ALL),
     ("http, https, xh, xhs", "-a --auth", _COLON),
     ("ab", "-A -P", _COLON),
-    ("siege, lftp", "-u --user", _COMMA),
-    ("sshpass, rdesktop, cqlsh, mongo", "-p", _ALL),
+    ("siege, lftp, open", "-u --user", _COMMA),
+    ("sshpass, rdesktop, cqlsh, mongo, twine, ncftp, ncftpput, ncftpget, ncftpls", "-p", _ALL),
+    ("ssh-keygen", "-N -P", _ALL),
     ("plink, pscp, psftp, putty, nodetool", "-pw", _ALL),
     ("openssl", "-pass -passin -passout -password", _PASS),
     ("openssl", "-k -K -hmac -psk", _ALL),
@@ -194,12 +195,18 @@ _OPTIONS: Final = _table(
     ("sqlplus, sqlldr, expdp, impdp, exp, imp, rman, sqlcl", "", _SLASH),
     ("doctl init", "-t", _ALL),
     ("gh secret", "-b --body", _ALL),
-    ("vault login, rclone obscure, wpa_passphrase", "", _ALL),
 )
+#: Program, or program and verb, whose last word is the secret; some only with an option that has this letter.
+_LAST: Final[dict[str, str]] = {
+    **dict.fromkeys(("vault login", "vault unseal", "rclone obscure", "wpa_passphrase", "openssl passwd"), ""),
+    **dict.fromkeys(("rabbitmqctl add_user", "rabbitmqctl change_password"), ""),
+    **dict.fromkeys(("htpasswd", "mosquitto_passwd"), "b"),
+}
+_REDIRECTION: Final = re.compile(r"[0-9]?[<>]")
 #: Rows that hold for every program whose name begins so.
 _FAMILIES: Final = ("mysql", "mariadb", "pt-", "ldap", "snmp", "mongo")
 #: Programs whose options of one letter do not go on in the same word (`openssl -keyout`).
-_EXACT: Final = frozenset({"openssl", "redis-cli", "lftp", "pt-", "net"})
+_EXACT: Final = frozenset({"openssl", "redis-cli", "lftp", "net"})
 #: Words without a dash of which the next one is the secret.
 _BARE: Final[dict[str, frozenset[str]]] = {
     "nmcli": frozenset(["password", "wifi-sec.psk", "802-11-wireless-security.psk", "wifi-sec.wep-key0"]),
@@ -207,9 +214,9 @@ _BARE: Final[dict[str, frozenset[str]]] = {
 }
 #: `aws configure set aws_secret_access_key x`: programs that are told the name of a setting, then its value.
 _SETTERS: Final = frozenset(
-    ["aws", "git", "npm", "pnpm", "yarn", "pip", "pip3", "gcloud", "poetry", "composer", "heroku", "wp"]
+    ["aws", "git", "npm", "pnpm", "yarn", "pip", "pip3", "gcloud", "poetry", "rclone", "composer", "heroku", "wp"]
 )
-_VERBED: Final = frozenset(name.split()[0] for name in _OPTIONS if " " in name)
+_VERBED: Final = frozenset(name.split()[0] for name in (*_OPTIONS, *_LAST) if " " in name)
 _USERS: Final = frozenset({"--user", "--auth", "--basic-auth", "--proxy-user", "--credentials", "--creds"})
 _CURL_SWITCHES: Final = re.compile(r"-[#aBfgGiIjJkLnNOpqRsSvZ0-9]+[uU]")
 _LIKE_AN_OPTION: Final = re.compile(r"--[A-Za-z]|-[A-Za-z]\Z")
@@ -232,6 +239,7 @@ def has_rules(program: str) -> bool:
         or program in _VERBED
         or program in _BARE
         or program in _SETTERS
+        or program in _LAST
         or bool(_options_of(program))
     )
 
@@ -290,6 +298,8 @@ class _Reader:
         self._program = program
         self._command = at
         self._options = _options_of(program)
+        self._last = _LAST.get(program)
+        self._end = -1  # where the program's own words end, when that is known
         self._nested = self._next_command(at + 1)
         self._kind = ""
 
@@ -308,6 +318,7 @@ class _Reader:
             self._begin(i, program_name(word))
         elif self._program in _VERBED:
             self._options = _OPTIONS.get(f"{self._program} {word}", self._options)
+            self._last = _LAST.get(f"{self._program} {word}", self._last)
         command = i == self._command
         script = not command and self._program in _SHELLS and bool(_SCRIPT_OPTION.fullmatch(self._words[i - 1]))
         kind, name, self._kind, self._name = self._kind, self._name, "", ""
@@ -363,15 +374,30 @@ class _Reader:
                 self._kind = _COLON
             elif bare == "--from-literal":
                 self._kind = _EQUALS
-        elif "" in options and f"{self._program} {bare}" not in _OPTIONS:
+        elif "" in options:
             return _value(options[""], "", word, (begin, end), shell)
+        elif self._is_last(i):
+            return _value(_ALL, "", word, (begin, end), shell)
         elif bare.lower() in _BARE.get(self._program, ()) or (
             self._program in _SETTERS
-            and is_secret_name(bare)
+            and (is_secret_name(bare) or bare.startswith("pypi-token."))
             and not {"set", "config"}.isdisjoint(self._words[self._command + 1 : i])
         ):
             self._kind = _ALL
         return []
+
+    def _is_last(self, i: int) -> bool:
+        """Return whether word `i` is the last one, and so the secret of a program that has it there."""
+        words = self._words
+        if self._last is None or f"{self._program} {words[i]}" in _LAST:
+            return False
+        if self._end < 0:
+            behind = range(self._command + 1, len(words))
+            self._end = next((k for k in behind if _REDIRECTION.match(words[k])), len(words))
+        if i != self._end - 1:
+            return False
+        own = words[self._command + 1 : i]
+        return not self._last or any(re.fullmatch(rf"-\w*{self._last}\w*", word) for word in own)
 
 
 def _is_pair(value: str, program: str) -> bool:
@@ -408,6 +434,12 @@ _PIECE: Final = re.compile(
 )
 
 
+def _is_assignment(word: str) -> bool:
+    """Return whether a script's word sets a variable; `ProxyCommand=sshpass` is a setting with a command in it."""
+    match = _ASSIGNMENT.match(word)
+    return bool(match) and not has_rules(program_name(word[len(match[0]) :] if match else ""))
+
+
 def spans_of_script(text: str, *, cut: bool = False, shell: bool = True, depth: int = 1) -> list[Span]:
     """Return the places of secrets that a script's words say; what its text shows by itself is not among them.
 
@@ -419,7 +451,7 @@ def spans_of_script(text: str, *, cut: bool = False, shell: bool = True, depth: 
 
     def read_command() -> None:
         first = 0
-        while first < len(words) - 1 and (_ASSIGNMENT.match(words[first]) or words[first] in _KEYWORDS):
+        while first < len(words) - 1 and (_is_assignment(words[first]) or words[first] in _KEYWORDS):
             first += 1
         rest = words[first:]
         for i, word in enumerate(words[: first + 1]):
@@ -428,7 +460,8 @@ def spans_of_script(text: str, *, cut: bool = False, shell: bool = True, depth: 
                 if is_secret_name(name):
                     spans = _value(_ALL, name, word, (assigned.end(), len(word)), shell)
                     found.extend((places[i] + b, places[i] + e) for b, e in spans)
-        reader = _Reader(rest, program_name(rest[0]), cut=cut, raw=True, shell=shell, depth=depth)
+        program = program_name(rest[0].partition("=")[2] if _ASSIGNMENT.match(rest[0]) else rest[0])
+        reader = _Reader(rest, program, cut=cut, raw=True, shell=shell, depth=depth)
         for i in range(len(rest)):
             place = places[first + i]
             found.extend((place + b, place + e) for b, e in reader.read(i))
