@@ -15,6 +15,8 @@ from stella_enricher.secret_text import SWITCH, Span, is_secret_name, is_secret_
 
 #: A script in a script in a script: deeper ones are looked at as text only.
 DEPTH_MAX: Final = 3
+#: `7z -px`: no shorter text has a word that only its place makes a secret.
+SCRIPT_LEAST: Final = 6
 
 # ---- programs that start programs ------------------------------------------------------------------------------
 
@@ -330,7 +332,7 @@ class _Reader:
             found += self._option(i, word, begin, end)
         if not self._raw:
             found += spans_of(word, cut=self._cut and i == len(self._words) - 1, shell=script)
-        if self._depth < DEPTH_MAX and any(c in word for c in " \t\n;|&"):
+        if self._depth < DEPTH_MAX and len(word) >= SCRIPT_LEAST and any(c in word for c in " \t\n;|&"):
             inside = spans_of_script(
                 word[begin:end], cut=self._cut, shell=self._shell or script or command, depth=self._depth + 1
             )
