@@ -15,8 +15,8 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify reference lock clean \
-	system-build system-test
+.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction reference \
+	lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -90,6 +90,9 @@ bench-signing: install
 
 bench-verify: install
 	$(BIN)/python -m tests.bench.verify
+
+bench-redaction: install
+	$(BIN)/python -m tests.bench.redaction
 
 reference: install
 	$(BIN)/python -m stella_cli.reference docs/reference

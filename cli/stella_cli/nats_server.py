@@ -9,7 +9,8 @@
     reader      nothing                                  stella.beat.>, stella.enriched.>
 
 A client that gives no name is `reader`, so any NATS subscriber on this machine sees the evidence lines and
-can change nothing.  The server listens on loopback only.
+can change nothing.  Raw batches hold the arguments of programs before redaction: no user but the enricher's
+and the operator's can read them.  The server listens on loopback only.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def _list(description: str) -> Meta:
 
 
 _Item = Annotated[str, Meta(min_length=1, max_length=4096)]
+_Pattern = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -310,6 +311,34 @@ class BusSection(_Section, frozen=True):
     ] = ""
 
 
+class Redaction(_Section, frozen=True):
+    """What becomes `***` in the arguments of programs, before they are written into a line."""
+
+    enabled: Annotated[
+        bool,
+        _key(
+            "Redact arguments by the built-in rules: passwords, tokens and keys by option, variable, header, URL and "
+            "form. `false`: they are recorded as they are."
+        ),
+    ] = True
+    patterns: Annotated[
+        list[_Pattern],
+        Meta(
+            description="Regular expressions of your own (RE2 syntax: no look-around, no back-reference), searched in "
+            "each argument. A group named `secret` is replaced, else the whole match. One that finds more than 64 "
+            "times in an argument takes it whole.",
+            max_length=32,
+        ),
+    ] = []
+    keep: Annotated[
+        list[_Item],
+        _list(
+            "File names of programs, such as `myapp`, whose arguments are never redacted, by the patterns neither. "
+            "For a script it is the script's."
+        ),
+    ] = []
+
+
 class Runtimes(_Section, frozen=True):
     """Container runtimes that are asked for image digests."""
 
@@ -365,6 +394,7 @@ class Signals(_Section, frozen=True):
     bus: Annotated[BusSection, _key("The NATS server between the services.")] = BusSection()
     enrichers: Annotated[int, _number("Enricher processes on this node.", ge=1, le=64)] = 1
     runtimes: Annotated[Runtimes, _key("Container runtimes.")] = Runtimes()
+    redaction: Annotated[Redaction, _key("Secrets in arguments.")] = Redaction()
 
 
 class BusUser(Struct, frozen=True):

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from stella_shared import patterns
+from stella_shared import expressions, patterns
 from stella_shared.config_layers import shown
 
 _CONTAINER = re.compile(r"(?:[a-z-]+://)?[0-9a-f]{12,64}")
@@ -68,6 +68,20 @@ def _patterns_faults(items: list[str]) -> list[str]:
         except ValueError as e:
             found.append(f"has {shown(item)}: {e}")
     return found
+
+
+def _expressions_faults(items: list[str]) -> list[str]:
+    found: list[str] = []
+    for item in items:
+        try:
+            expressions.compile_pattern(item)
+        except ValueError as e:
+            found.append(f"has {shown(item)}: {e}")
+    return found
+
+
+def _programs_faults(items: list[str]) -> list[str]:
+    return [f"has {shown(t)}; allowed: file names without a folder" for t in items if "/" in t or "\0" in t]
 
 
 def _networks_faults(items: list[str]) -> list[str]:
@@ -170,4 +184,6 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.bus.url": _url_faults,
     "signals.bus.credentials_file": _optional_file_faults,
     "signals.runtimes.docker_socket": _optional_file_faults,
+    "signals.redaction.patterns": _expressions_faults,
+    "signals.redaction.keep": _programs_faults,
 }

@@ -123,12 +123,26 @@ class FileOpen(_Event, frozen=True, tag="file_open"):
 class ProcessExec(_Event, frozen=True, tag="process_exec"):
     """A process began to run a program."""
 
-    argv: Annotated[list[str], Meta(description="Arguments, the first 2,048 bytes of them.")]
-    argv_bytes: Annotated[int, Meta(ge=0, description="Bytes of arguments the process was given.")]
+    argv: Annotated[list[str], Meta(description="Arguments, the first 2,048 bytes of them; `***` stands for a secret.")]
     filename: Annotated[str, Meta(description="The program as it was asked for; the script when it is one.")]
     ppid: Nat
     start_ns: Annotated[int, Meta(ge=0, description="Start of the process, ns since boot: with pid, its identity.")]
+    argv_bytes: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                description="Bytes of arguments the process was given. Absent where something was redacted: it would "
+                "tell how long the secret is.",
+            ),
+        ]
+        | None
+    ) = None
     argv_reason: Annotated[str, Meta(description="Why argv is not complete.")] | None = None
+    argv_redacted: (
+        Annotated[list[Nat], Meta(description="Indexes of the arguments in which a secret was replaced, ascending.")]
+        | None
+    ) = None
     argv_truncated: Annotated[bool, Meta(description="Whether argv was cut.")] = False
     filename_truncated: bool = False
     interpreter: Annotated[str, Meta(description="What runs it, when `filename` is a script.")] | None = None

@@ -35,6 +35,7 @@ LINES_TOTAL: Final = "stellaops_signals_lines_total"
 SPOOL_BYTES: Final = "stellaops_signals_spool_bytes"
 PUBLISH_RETRIES_TOTAL: Final = "stellaops_signals_publish_retries_total"
 CONTAINERS_UNKNOWN_TOTAL: Final = "stellaops_signals_containers_unknown_total"
+REDACTIONS_TOTAL: Final = "stellaops_signals_redactions_total"
 SIGN_LAG_BATCHES: Final = "stellaops_signals_sign_lag_batches"
 SERVICE_UP: Final = "stellaops_signals_service_up"
 PROBE_ATTACHED: Final = "stellaops_signals_probe_attached"
@@ -203,6 +204,16 @@ _METRICS: Final = (
         "Events in a container that could not be named, by reason.",
         ("enricher",),
         ("reason",),
+    ),
+    Metric(
+        REDACTIONS_TOTAL,
+        "counter",
+        "arguments",
+        "Arguments that were redacted, by what did it: `rule` a built-in rule, `pattern` one of yours; `failure`: "
+        "redaction failed, so the whole argument was replaced.",
+        ("enricher",),
+        ("cause",),
+        alert="cause failure > 0: report it",
     ),
     Metric(
         SIGN_LAG_BATCHES,

@@ -116,7 +116,7 @@ class RawBatch(msgspec.Struct, frozen=True, array_like=True):
     `records` is a batch as `events.unpack_batch` reads it.  `number` counts from 0 within `run` without a hole.
     `coverage` is the canonical JSON of the coverage document when it is new or due again, else empty.  `final`
     marks the last batch of a clean stop.  `closings` stand in a run's batch 0, one for each earlier run that
-    ended without a final batch.
+    ended without a final batch.  Arguments in `records` are as the kernel gave them, secrets and all.
     """
 
     version: int

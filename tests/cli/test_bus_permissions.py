@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -105,6 +106,41 @@ async def test_a_reader_without_a_name_sees_evidence_and_heartbeats_and_nothing_
         tasks.cancel_scope.cancel()
     assert {"stella.enriched.n.file_open", "stella.beat.collector.n"} == set(seen)
     assert "Violation" in server.said()
+
+
+@pytest.mark.parametrize("user", ["", "collector", "signer", "gateway"])
+async def test_raw_batches_are_read_by_enrichers_alone(server: Server, user: str) -> None:
+    """Secrets in arguments stand in raw batches: no way to a stored one is open to any other part or to a reader."""
+    async with (
+        server.bus("collector") as collector,  # type: ignore[attr-defined]
+        server.bus(user) as bus,  # type: ignore[attr-defined]
+        server.bus("operator") as operator,  # type: ignore[attr-defined]
+    ):
+        await collector.publish("stella.raw.n", b"planted", msg_id="1")
+        create = b'{"stream_name":"STELLA_RAW","config":{"ack_policy":"explicit","deliver_subject":"_INBOX.mine"}}'
+        ways = {
+            "$JS.API.STREAM.MSG.GET.STELLA_RAW": b'{"seq":1}',
+            "$JS.API.DIRECT.GET.STELLA_RAW": b'{"seq":1}',
+            "$JS.API.CONSUMER.CREATE.STELLA_RAW": create,
+            "$JS.API.CONSUMER.CREATE.STELLA_RAW.mine": create,
+            "$JS.API.CONSUMER.DURABLE.CREATE.STELLA_RAW.mine": create,
+            "$JS.API.CONSUMER.MSG.NEXT.STELLA_RAW.enrichers": b"1",
+        }
+        got: list[bytes] = []
+
+        async def take(message: object) -> None:
+            got.append(message.data)  # type: ignore[attr-defined]
+
+        for subject in ("_INBOX.mine", "stella.raw.>", f"stella.deliver.{subjects.RAW_DURABLE}"):
+            await bus._nc.subscribe(subject, cb=take)
+        for subject, body in ways.items():
+            await bus._nc.publish(subject, body, reply="_INBOX.mine")
+        await bus._nc.flush()
+        await anyio.sleep(0.5)
+        assert [] == got
+        # The way is there, for who may take it.
+        answer = await operator._nc.request("$JS.API.STREAM.MSG.GET.STELLA_RAW", b'{"seq":1}', timeout=5)
+        assert base64.b64encode(b"planted") in answer.data
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,27 @@ def test_a_disabled_node_cannot_run() -> None:
             "signals:\n  bus: {url: 'nats://u:p@bus'}\n",
             "stellaops.yaml:2: signals.bus.url carries a user or password; put them into signals.bus.credentials_file",
         ),
+        (
+            "signals:\n  redaction:\n    patterns: ['(?=x)y']\n",
+            "stellaops.yaml:3: signals.redaction.patterns has '(?=x)y': invalid perl operator: (?=",
+        ),
+        (
+            "signals:\n  redaction:\n    patterns: ['x*']\n",
+            "stellaops.yaml:3: signals.redaction.patterns has 'x*': it matches the empty text",
+        ),
+        (
+            "signals:\n  redaction:\n    patterns: ['a{999}b{999}c{99}']\n",
+            "stellaops.yaml:3: signals.redaction.patterns has 'a{999}b{999}c{99}': it compiles to 2101 instructions; "
+            "allowed: 2000",
+        ),
+        (
+            "signals:\n  redaction:\n    keep: [/usr/bin/app]\n",
+            "stellaops.yaml:3: signals.redaction.keep has '/usr/bin/app'; allowed: file names without a folder",
+        ),
+        (
+            "signals:\n  redaction: {enabeld: false}\n",
+            "stellaops.yaml:2: unknown key signals.redaction.enabeld; did you mean enabled?",
+        ),
         ("signals: 3\n", "stellaops.yaml:1: signals is 3; allowed: a mapping of keys"),
         (
             "signals:\n  node: a\n  node: b\n",
@@ -293,3 +314,23 @@ def test_the_helpers_follow_the_keys(tmp_path: Path) -> None:
     (tmp_path / "bus.json").write_text("{")
     with pytest.raises(ConfigError, match=r"bus\.json"):
         config.bus_user(given_all, "signer")
+
+
+def test_redaction_is_on_and_takes_patterns_of_ones_own(tmp_path: Path) -> None:
+    """The default redacts by the built-in rules; patterns and kept programs come from the file or the environment."""
+    assert config.Redaction(enabled=True, patterns=[], keep=[]) == load(None, {}).redaction
+    text = "signals:\n  redaction:\n    patterns: ['badge-(?P<secret>[0-9]+)', 'x{2,}']\n    keep: [app]\n"
+    found = from_text(tmp_path, text, {"STELLA_SIGNALS__REDACTION__ENABLED": "false"}).redaction
+    assert config.Redaction(enabled=False, patterns=["badge-(?P<secret>[0-9]+)", "x{2,}"], keep=["app"]) == found
+
+
+def test_patterns_are_bounded_in_number_and_length(tmp_path: Path) -> None:
+    """33 patterns, or one of 513 characters, are refused."""
+    for patterns in (["a"] * 33, ["a" * 513], [""]):
+        with pytest.raises(ConfigError, match=r"signals\.redaction\.patterns is"):
+            from_text(tmp_path, yaml.safe_dump({"signals": {"redaction": {"patterns": patterns}}}))
+    assert 32 == len(
+        from_text(
+            tmp_path, yaml.safe_dump({"signals": {"redaction": {"patterns": ["a" * 512] * 32}}})
+        ).redaction.patterns
+    )

@@ -120,7 +120,13 @@ OPENS = st.tuples(
         resolve=st.one_of(st.just(0), U64), mode=U32, dfd=st.one_of(st.just(-100), S32), status=st.integers(0, 3),
     ),
 )  # fmt: skip
-ARGV = st.lists(NAMES, max_size=4).map(lambda words: b"".join(word + b"\0" for word in words))
+#: Words that hold a secret, say that the next one is it, or look so.
+TELLING = st.sampled_from(
+    [b"--password=hunter2", b"--token", b"hunter2", b"PGPASSWORD=hunter2", b"mysql", b"-phunter2",
+     b"--password=\xff\xfe", b"https://u:hunter2@h/", b"sh", b"-c", b"app --secret hunter2",
+     b"--password-file=/run/x", b"--api-key=\"\n\x01"]
+)  # fmt: skip
+ARGV = st.lists(st.one_of(NAMES, TELLING), max_size=6).map(lambda words: b"".join(word + b"\0" for word in words))
 EXECS = st.tuples(
     st.just(events.PROCESS_EXEC),
     st.just(3),

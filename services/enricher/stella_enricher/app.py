@@ -23,7 +23,8 @@ from stella_enricher.cgroups import CgroupIndex
 from stella_enricher.containers import Container, ContainerResolver, unknown
 from stella_enricher.docker_api import DockerApi
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
-from stella_shared import VERSION, clock, events, lifecycle, subjects
+from stella_enricher.redaction import Redactor
+from stella_shared import VERSION, clock, events, lifecycle, metrics, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import BrokenPromise, TryAgain
@@ -53,7 +54,11 @@ class Enricher:
         self.node = node_name(signals)
         self.boot_id = clock.boot_id()
         self.resolver = resolver
-        self.lines = open_lines(PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist))
+        redaction = signals.redaction
+        self.redactor = Redactor(redaction.patterns, redaction.keep, enabled=redaction.enabled)
+        self.lines = open_lines(
+            PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist), self.redactor
+        )
         self.started_at = time.time()
         self.batches = 0
         self.poisoned = 0
@@ -217,6 +222,10 @@ class Enricher:
                 "stellaops_signals_enrich_latency_p99": self.work_seconds.quantile(0.99) * 1000,
                 "stellaops_signals_filtered_total{cause=user_path}": float(self.user_filtered),
                 **{
+                    metrics.key(metrics.REDACTIONS_TOTAL, cause=cause): float(n)
+                    for cause, n in self.redactor.counts.items()
+                },
+                **{
                     f"stellaops_signals_containers_unknown_total{name.removeprefix('unknown')}": float(n)
                     for name, n in containers.items()
                     if name.startswith("unknown{")
@@ -233,6 +242,7 @@ class Enricher:
                 "in_flight": self.in_flight,
                 "containers": containers,
                 "caches": {"containers": containers.get("entries", 0)},
+                "redaction": {"rules": self.redactor.version, "arguments": dict(self.redactor.counts)},
             },
         )
 

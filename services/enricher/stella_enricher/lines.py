@@ -7,6 +7,8 @@ batch's *what*), the container's fields by cgroup id.  What is left for each eve
 `CLines` does that part in C (`lines.c`, some 0.2 µs an event); `PythonLines` is the same in Python, six times
 dearer, for an install without a compiler.  Both pass the same tests, which hold them to the slow and obvious
 way: decode, `events.EvidenceLine`, sort.
+
+The arguments of a program start are redacted when it is rendered, so neither loop ever has a secret to copy.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Final
 import msgspec
 
 from stella_enricher.containers import Container
+from stella_enricher.redaction import Redactor
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
     BATCH_COUNTS,
@@ -31,6 +34,7 @@ from stella_shared.events import (
     WHAT,
     WHO,
     FileOpen,
+    ProcessExec,
     TcpState,
     decode_event,
     text,
@@ -87,8 +91,9 @@ class _Place(msgspec.Struct, frozen=True, gc=False):
 class Lines(ABC):
     """Builds lines, keeping rendered parts from batch to batch.  Use `open_lines`; one for each enricher."""
 
-    def __init__(self, paths: PathFilter) -> None:
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
         self._paths = paths
+        self.redactor = redactor or Redactor()
         self._rendered: tuple[str, str, list[str]] = ("", "", [])
 
     def build(self, batch: RawBatch, container_of: Callable[[int], Container]) -> Enriched:
@@ -117,6 +122,8 @@ class Lines(ABC):
         if call >= len(CALL_SOURCES):
             raise BrokenPromise(f"a record of unknown call {call}")
         event = decode_event(kind, call, what[WHAT.size :], batch.libraries)
+        if isinstance(event, ProcessExec):
+            event = self._redacted(event)
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
         name = text(comm.split(b"\0", 1)[0])
         return _Fragment(
@@ -126,6 +133,14 @@ class Lines(ABC):
             source=f'"src":{_text(CALL_SOURCES[call])},',
             anonymous=isinstance(event, TcpState) and event.attribution == "none",
         )
+
+    def _redacted(self, event: ProcessExec) -> ProcessExec:
+        cut = event.argv_truncated or event.argv_reason is not None
+        script = event.interpreter is not None
+        redacted = self.redactor.redact(event.argv, event.filename, script=script, cut=cut)
+        if not redacted.changed:
+            return event
+        return msgspec.structs.replace(event, argv=redacted.argv, argv_redacted=redacted.changed, argv_bytes=None)
 
 
 def _place(boot_id: str, cgroup: int, container: Container) -> _Place:
@@ -166,8 +181,8 @@ def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -
 class PythonLines(Lines):
     """The loop in Python."""
 
-    def __init__(self, paths: PathFilter) -> None:
-        super().__init__(paths)
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
+        super().__init__(paths, redactor)
         self._fragments: dict[bytes, _Fragment] = {}
 
     def _forget(self) -> None:
@@ -219,8 +234,8 @@ class PythonLines(Lines):
 class CLines(Lines):
     """The loop in C."""
 
-    def __init__(self, paths: PathFilter) -> None:
-        super().__init__(paths)
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
+        super().__init__(paths, redactor)
         lib = ctypes.CDLL(str(NATIVE))
         lib.stella_lines_new.restype = c_void_p
         lib.stella_lines_new.argtypes = (c_uint32, c_uint32, c_uint32, c_uint64)
@@ -302,12 +317,12 @@ class CLines(Lines):
         return parts, found, dropped
 
 
-def open_lines(paths: PathFilter) -> Lines:
+def open_lines(paths: PathFilter, redactor: Redactor) -> Lines:
     """Return the best builder there is."""
     if NATIVE.exists():
-        return CLines(paths)
+        return CLines(paths, redactor)
     log.warning("the C line builder is not built; building lines in Python, which costs more")
-    return PythonLines(paths)
+    return PythonLines(paths, redactor)
 
 
 def all_lost(ledger: Ledger) -> Ledger:
