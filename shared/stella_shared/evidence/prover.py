@@ -9,7 +9,6 @@ proof is made only of a chunk whose bytes are what its statement says, under a s
 from __future__ import annotations
 
 import contextlib
-import stat
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from stella_shared.errors import BadAnswer, NotFound, NotPermitted, TryAgain, UsageError
 from stella_shared.evidence import canonical, dsse, keys, merkle, merkle_paths, names, proof, records, statement
+from stella_shared.evidence.directory import MAX_JSON_BYTES, read
 from stella_shared.evidence.lines import MAX_LINE_BYTES, blocks
 from stella_shared.evidence.proof import Proof
 from stella_shared.evidence.records import Chain, Ledger
@@ -27,7 +27,6 @@ from stella_shared.evidence.transparency import bundle
 from stella_shared.evidence.vouching import UNTRUSTED, Files, Trust, vouch
 from stella_shared.wire import LANE_KINDS, UPROBE_KIND, LaneRow
 
-_MAX_JSON_BYTES: Final = 64 << 20
 _MAY_BE_OPEN: Final = "it may be in the open one, which is signed when it closes or when the node stops"
 _DAMAGED: Final = "issue-evidence-chain-verification-failure"
 
@@ -348,15 +347,8 @@ class Prover:
                         found.setdefault(here, (leaf, line))
         return _Scan(digest.hexdigest(), hashes, found)
 
-    def _read(self, name: str, limit: int = _MAX_JSON_BYTES) -> bytes:
-        path = self._evidence / name
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("no regular file")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"longer than {limit} bytes")
-        return data
+    def _read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        return read(self._evidence / name, limit)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from stella_shared.evidence.canonical import base64_bytes
 from stella_shared.evidence.transparency.tree import HASH_BYTES
@@ -80,17 +77,6 @@ def check_signature(checkpoint: Checkpoint, log: Log) -> None:
     if checkpoint.origin != log.name and not checkpoint.origin.startswith(f"{log.name} - "):
         raise ValueError(f"the checkpoint is of {checkpoint.origin!r}, not of {log.name!r}")
     for line in checkpoint.signatures:
-        if line.name == log.name and line.key_id in log.key_hints and _holds(log, line.signature, checkpoint.note):
+        if line.name == log.name and line.key_id in log.key_hints and log.signed(line.signature, checkpoint.note):
             return
     raise ValueError(f"the checkpoint is not signed by {log.name!r}")
-
-
-def _holds(log: Log, signature: bytes, note: bytes) -> bool:
-    try:
-        if isinstance(log.key, ec.EllipticCurvePublicKey):
-            log.key.verify(signature, note, ec.ECDSA(hashes.SHA256()))
-        else:
-            log.key.verify(signature, note)
-    except InvalidSignature:
-        return False
-    return True

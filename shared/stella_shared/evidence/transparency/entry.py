@@ -14,9 +14,7 @@ from typing import Any, Final
 import msgspec
 import rfc8785
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import serialization
 
 from stella_shared.evidence import dsse
 from stella_shared.evidence.canonical import base64_bytes
@@ -149,13 +147,8 @@ def _integrated(entry: TlogEntry, log: Log, log_id: bytes, position: int) -> dat
         "logIndex": position,
     }
     signature, message = base64_bytes(entry.inclusion_promise.signed_entry_timestamp), rfc8785.dumps(promised)
-    try:
-        if isinstance(log.key, ec.EllipticCurvePublicKey):
-            log.key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-        else:
-            log.key.verify(signature, message)
-    except InvalidSignature:
-        raise ValueError("the log's promise (signed entry timestamp) is not signed by it") from None
+    if not log.signed(signature, message):
+        raise ValueError("the log's promise (signed entry timestamp) is not signed by it")
     at = datetime.fromtimestamp(seconds, UTC)
     if not log.validity.holds(at):
         raise ValueError(f"the log's key did not count at {at:%Y-%m-%dT%H:%M:%SZ}")

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from stella_shared.evidence.canonical import base64_bytes
@@ -96,6 +96,17 @@ class Log(msgspec.Struct, frozen=True):
     def key_hints(self) -> frozenset[bytes]:
         """The four bytes by which checkpoint signatures name the key."""
         return frozenset(identity[:4] for identity in self.ids)
+
+    def signed(self, signature: bytes, message: bytes) -> bool:
+        """Return whether `signature` is the log's over `message`: ECDSA over SHA-256, or Ed25519."""
+        try:
+            if isinstance(self.key, ec.EllipticCurvePublicKey):
+                self.key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+            else:
+                self.key.verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
 
 
 class Authority(msgspec.Struct, frozen=True):
