@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from tests.sigstore.peers import Check, judge_js, judge_python
 
 from stella_shared import config
 from stella_shared.config import Signing
-from stella_shared.errors import ConfigError, NotFound
+from stella_shared.errors import ConfigError
 from stella_shared.evidence import names
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.store import initialise, places, trust_identity, trust_key
@@ -148,13 +147,14 @@ async def test_an_hsm_signs_a_chain(tmp_path: Path, token: Path) -> None:
 _REFUSALS = """
 import json, sys
 from pathlib import Path
+from stella_shared.errors import NotFound
 from tests.signer import test_remote_keys as t
 state, pin = Path(sys.argv[1]), Path(sys.argv[2])
 said = {}
 for key_id in ("hsm:7?label=stella", "hsm:2?label=other"):
     try:
         t.KmsKey.load(t.hsm(pin, key_id), state)
-    except t.NotFound as e:
+    except NotFound as e:
         said[key_id] = str(e)
 print(json.dumps(said))
 """
@@ -337,13 +337,20 @@ async def test_the_token_is_read_anew_and_its_absence_is_told(tmp_path: Path, fu
                 await key.sign(b"{}")
 
 
-def test_the_environment_names_the_pkcs11_library(tmp_path: Path) -> None:
-    """`pkcs11_module` reaches the library by its own variable; an HSM that is not there is told by its URI."""
-    before = os.environ.get("PYKCS11LIB")
-    try:
-        with pytest.raises(NotFound, match="hsm:2"):
-            KmsKey.load(Signing(key_id="hsm:2", pin_file="/none", pkcs11_module=str(tmp_path / "none.so")), tmp_path)
-    finally:
-        os.environ.pop("PYKCS11LIB", None)
-        if before:
-            os.environ["PYKCS11LIB"] = before
+_NO_LIBRARY = """
+import json, sys
+from pathlib import Path
+from stella_shared.config import Signing
+from stella_shared.errors import NotFound
+from stella_signer.kms import KmsKey
+folder = sys.argv[1]
+try:
+    KmsKey.load(Signing(key_id="hsm:2", pin_file="/none", pkcs11_module=folder + "/none.so"), Path(folder))
+except NotFound as e:
+    print(json.dumps({"said": str(e)}))
+"""
+
+
+async def test_a_pkcs11_library_that_is_not_there_is_told(tmp_path: Path) -> None:
+    """`pkcs11_module` names the library; one that cannot be loaded is an error that names the key's URI."""
+    assert "hsm:2" in in_a_process(_NO_LIBRARY, tmp_path)["said"]
