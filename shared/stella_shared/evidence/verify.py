@@ -53,7 +53,7 @@ from stella_shared.evidence.report import (
     Warning,
 )
 from stella_shared.evidence.statement import Statement
-from stella_shared.evidence.store import SIGNER_LOCK
+from stella_shared.evidence.store import HEAD, SIGNER_LOCK
 from stella_shared.evidence.transparency import bundle, certificate
 from stella_shared.evidence.trusted import node_trust
 from stella_shared.evidence.vouching import Files, Trust, Vouched, clock_ahead, earliest, form_code, vouch
@@ -213,7 +213,10 @@ class _Walk:
             self._fault("malformed", None, f"{self._head_path}: {e}")
             return None
         try:
-            return pins.read(data)
+            pin = pins.read(data)
+            if self._head_path.name == HEAD and pin.head is None:
+                raise ValueError("something else stands in the place of the head")
+            return pin
         except ValueError as e:
             self._fault(form_code(e), None, f"{self._head_path}: {e}")
             return None
