@@ -72,7 +72,7 @@ def test_an_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
             "ELF, DWARF and mangled names are read in the child process",
         ),
         (
-            "services/enricher/stella_enricher/app.py",
+            "services/enricher/stella_enricher/frames.py",
             "from stella_enricher.symbols import names",
             "Nothing but the child process loads the readers of files",
         ),

@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from stella_enricher.containers import Container
+from stella_enricher.frames import FrameNamer
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
     BATCH_COUNTS,
@@ -31,6 +32,7 @@ from stella_shared.events import (
     WHAT,
     WHO,
     FileOpen,
+    NetConnect,
     TcpState,
     decode_event,
     text,
@@ -87,15 +89,17 @@ class _Place(msgspec.Struct, frozen=True, gc=False):
 class Lines(ABC):
     """Builds lines, keeping rendered parts from batch to batch.  Use `open_lines`; one for each enricher."""
 
-    def __init__(self, paths: PathFilter) -> None:
+    def __init__(self, paths: PathFilter, frames: FrameNamer | None = None) -> None:
         self._paths = paths
-        self._rendered: tuple[str, str, list[str]] = ("", "", [])
+        self._frames = frames
+        self._rendered: tuple[str, str, list[str], int] = ("", "", [], 0)
 
     def build(self, batch: RawBatch, container_of: Callable[[int], Container]) -> Enriched:
         """Return the batch's lines.  Raises `BrokenPromise` when its bytes cannot be records."""
-        key = (batch.node, batch.boot_id, batch.libraries)
+        key = (batch.node, batch.boot_id, batch.libraries, self._frames.generation if self._frames else 0)
         if key != self._rendered:
-            # Another node's or boot's fields, or other library indexes, would be wrong in kept parts.
+            # Another node's or boot's fields, or other library indexes, would be wrong in kept parts; and when
+            # more symbols are known than before, kept parts say too little.
             self._rendered = key
             self._forget()
         parts, counted, filtered = self._put_together(batch, container_of)
@@ -118,6 +122,8 @@ class Lines(ABC):
             raise BrokenPromise(f"a record of unknown call {call}")
         event = decode_event(kind, call, what[WHAT.size :], batch.libraries)
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
+        if self._frames is not None and isinstance(event, NetConnect) and event.stack:
+            event = self._frames.named(event)
         name = text(comm.split(b"\0", 1)[0])
         return _Fragment(
             type=kind if wanted else 0,
@@ -166,8 +172,8 @@ def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -
 class PythonLines(Lines):
     """The loop in Python."""
 
-    def __init__(self, paths: PathFilter) -> None:
-        super().__init__(paths)
+    def __init__(self, paths: PathFilter, frames: FrameNamer | None = None) -> None:
+        super().__init__(paths, frames)
         self._fragments: dict[bytes, _Fragment] = {}
 
     def _forget(self) -> None:
@@ -219,8 +225,8 @@ class PythonLines(Lines):
 class CLines(Lines):
     """The loop in C."""
 
-    def __init__(self, paths: PathFilter) -> None:
-        super().__init__(paths)
+    def __init__(self, paths: PathFilter, frames: FrameNamer | None = None) -> None:
+        super().__init__(paths, frames)
         lib = ctypes.CDLL(str(NATIVE))
         lib.stella_lines_new.restype = c_void_p
         lib.stella_lines_new.argtypes = (c_uint32, c_uint32, c_uint32, c_uint64)
@@ -302,12 +308,12 @@ class CLines(Lines):
         return parts, found, dropped
 
 
-def open_lines(paths: PathFilter) -> Lines:
+def open_lines(paths: PathFilter, frames: FrameNamer | None = None) -> Lines:
     """Return the best builder there is."""
     if NATIVE.exists():
-        return CLines(paths)
+        return CLines(paths, frames)
     log.warning("the C line builder is not built; building lines in Python, which costs more")
-    return PythonLines(paths)
+    return PythonLines(paths, frames)
 
 
 def all_lost(ledger: Ledger) -> Ledger:
