@@ -535,13 +535,36 @@ def test_a_bomb_of_compressed_symbols_is_refused(tmp_path: Path) -> None:
     assert captured(program, Limits()).reason in ("malformed", "too_large")
 
 
-def test_a_name_that_explodes_is_bounded(tmp_path: Path) -> None:
-    """A mangled name of a kilobyte whose demangled form has no end costs the file its table at the most."""
-    name = "_Z1f" + "1aIJ" * 2 + "".join(f"St4pairIS{'' if n == 0 else '0'}_S_E" for n in range(60)) + "EE" * 2
+def exploding_name(levels: int) -> str:
+    """Return a mangled name whose demangled form doubles with each level: f(a, b<a, a>, b<b<a, a>, b<a, a>>, …)."""
+    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    seen = ["S_", *(f"S{high}{low}_" for high in ["", *digits[1:]] for low in digits)]
+    arguments = ["1a", "1bIS_S_E"]
+    arguments += [f"S0_I{seen[n]}{seen[n]}E" for n in range(2, levels + 1)]
+    return "_Z1f" + "".join(arguments)
+
+
+@pytest.mark.parametrize("levels", [3, 45])
+def test_a_name_that_explodes_costs_its_file_the_table_and_nobody_else(tmp_path: Path, levels: int) -> None:
+    """Three hundred bytes that would be demangled to some 10^14 end in the child, soon and with a reason."""
+    name = exploding_name(levels)
     program = build(tmp_path, f'void f(void) __asm__("{name}"); void f(void) {{}} int main() {{ f(); }}')
     begin = time.monotonic()
-    assert captured(program, Limits(seconds=5)).reason in ("", "malformed", "too_large", "timeout")
-    assert time.monotonic() - begin < 15
+    found = captured(program, Limits(seconds=3, memory_bytes=256 << 20))
+    assert time.monotonic() - begin < 10
+    if levels < 10:
+        assert "" == found.reason
+        assert "f(a, b<a, a>, b<b<a, a>, b<a, a>>" in {name[:33] for name in names_of(found)}
+    else:
+        assert found.reason in ("malformed", "too_large", "timeout")
+
+
+def names_of(found: Captured) -> set[str]:
+    """Return the names of a table."""
+    assert found.table is not None
+    (_, size, begin), *_ = found.table.segments
+    ranges = [found.table.find(address) for address in range(begin, begin + size)]
+    return {one.name for one in ranges if one}
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------
@@ -654,6 +677,37 @@ def test_the_file_of_a_running_process_is_found_and_verified(tmp_path: Path) -> 
         process.communicate()
     with Finder([]).of_process(process.pid, build_id) as file:
         assert -1 == file
+
+
+IN_A_CONTAINER = """
+mount -t tmpfs none "$1" && cp "$2" "$1/program" && mkdir "$1/old" && cd "$1" &&
+mount --make-rprivate / && pivot_root . old && exec /program
+"""
+
+
+@pytest.mark.parametrize("inside", ["container", "chroot"])
+def test_the_file_of_a_process_with_another_root_is_found(tmp_path: Path, inside: str) -> None:
+    """With a root and mounts of its own, and with a changed root among ours."""
+    source = '#include <unistd.h>\nint main() { write(1, "x", 1); pause(); }'
+    program = build(tmp_path, source, "gcc", "-static")
+    build_id = oracle.build_id(program)
+    folder = tmp_path / "root"
+    folder.mkdir()
+    if inside == "container":
+        command = ["unshare", "-m", "sh", "-ec", IN_A_CONTAINER, "sh", folder, program]
+    else:
+        shutil.copy(program, folder / "program")
+        command = ["chroot", folder, "/program"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert b"x" == process.stdout.read(1)
+        program.unlink()
+        with Finder([]).of_process(process.pid, build_id) as file:
+            assert build_id == notes.build_id(lambda offset, size: os.pread(file, size, offset))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_any_file_of_a_given_folder_is_found_by_its_build_id(tmp_path: Path) -> None:

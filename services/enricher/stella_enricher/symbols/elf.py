@@ -73,6 +73,7 @@ class Elf:
     """One ELF file."""
 
     def __init__(self, file: IO[bytes]) -> None:
+        self._length = file.seek(0, io.SEEK_END)
         self._file = ELFFile(file)
         self.order = "<" if self._file.little_endian else ">"
         self._wide = self._file.elfclass == 64
@@ -205,6 +206,8 @@ class Elf:
             raise ValueError(f"a section of {section.header.sh_size} bytes")
         if not self._bytes(section):
             return b""
+        if section.header.sh_offset + section.header.sh_size > self._length:
+            raise ValueError("a section beyond the end of the file")
         stream = self._file.stream
         stream.seek(section.header.sh_offset)
         return bytes(stream.read(section.header.sh_size))

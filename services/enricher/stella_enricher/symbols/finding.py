@@ -46,8 +46,9 @@ class Finder:
         """Give a descriptor of the file that process `pid` has mapped under this build-id; -1 when there is none."""
         descriptor = -1
         try:
-            for path in _mapped(pid):
-                descriptor = self._open_if(build_id, partial(_open_in, pid, path))
+            # The kernel writes paths as they are for us; beyond our mounts, as in a container, as they are for it.
+            for opened in [o for p in _mapped(pid) for o in (partial(_open_in, pid, p), partial(_open_here, Path(p)))]:
+                descriptor = self._open_if(build_id, opened)
                 if descriptor >= 0:
                     break
             yield descriptor
