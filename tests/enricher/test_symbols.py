@@ -525,6 +525,22 @@ def test_the_child_is_bounded_in_time_memory_and_bytes(tmp_path: Path) -> None:
     assert "" == captured(whole, Limits()).reason
 
 
+def test_the_child_can_open_nothing() -> None:
+    """Once shut in, it has no capability, and no path can be opened, be it root's own."""
+    code = (
+        "import os\n"
+        "from stella_enricher.symbols import child\n"
+        "status = open('/proc/self/status')\n"
+        "child.shut_in(1 << 30, 1 << 20, 5)\n"
+        "rows = [line.split() for line in status]\n"
+        "print(*(row[1] for row in rows if row[0] in ('CapEff:', 'NoNewPrivs:')))\n"
+        "try: print(len(os.listdir('/')))\n"
+        "except PermissionError as e: print(e.strerror)\n"
+    )
+    said = oracle.run(sys.executable, "-c", code).splitlines()
+    assert ["0000000000000000 1", "Permission denied"] == said
+
+
 def test_a_bomb_of_compressed_symbols_is_refused(tmp_path: Path) -> None:
     """A hundred kilobytes that become a gigabyte take neither the memory nor the child's parent."""
     program = build(tmp_path, C_SOURCE, "gcc")

@@ -7,9 +7,11 @@ the format that we know.  The sizes it names must add up to its length, else not
 
 from __future__ import annotations
 
+import mmap
 import struct
 from typing import Final
 
+from cffi import FFI
 from symbolic.debuginfo import Archive
 from symbolic.exceptions import SymbolicError
 
@@ -24,6 +26,8 @@ _NOTHING: Final = 0xFFFFFFFF
 DEPTH_MAX: Final = 64
 RANGES_MAX: Final = 8_000_000
 
+#: Made at import: it loads modules, and later the child can open none.
+_ffi: Final = FFI()
 Places = list[tuple[int, tuple[bytes, ...]]]
 
 
@@ -31,13 +35,15 @@ class NotRead(Exception):
     """The debug information cannot be used."""
 
 
-def places(path: str) -> Places:
-    """Return (address, functions inlined there innermost first) where it changes, sorted.
+def places(file: int) -> Places:
+    """Return (address, functions inlined there innermost first) of an open file, where it changes, sorted.
 
     Addresses count from the lowest loaded one.  Raises `NotRead`.
     """
     try:
-        found = next(iter(Archive.open(path).iter_objects()), None)
+        data = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+        # What it takes for bytes is their address and length.
+        found = next(iter(Archive.from_bytes(_ffi.from_buffer(data)).iter_objects()), None)
         if found is None or "debug" not in found.features:
             return []
         return _decode(bytes(found.make_symcache().open_stream().read()))  # type: ignore[no-untyped-call]
