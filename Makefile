@@ -10,13 +10,15 @@ CONFIG ?= node/stellaops.yaml
 # What Debian must provide to build the native parts, and what the tests run beside.
 BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
 TEST_PACKAGES := docker.io busybox-static iproute2 bpftool openssl softhsm2 strace
+# Whose answers about symbols ours are held to, and what makes programs for it.
+TEST_PACKAGES += binutils g++ musl-tools libc6-dbg
 # Node may have come another way than from Debian.
 TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,nodejs npm)
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction reference \
-	lock clean system-build system-test
+.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction bench-symbols \
+	reference lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -87,6 +89,9 @@ bench: install
 # How long root could rewrite history, and how fast chunks are signed and logged.
 bench-signing: install
 	$(BIN)/python -m tests.bench.signing
+
+bench-symbols: install
+	$(BIN)/python -m tests.bench.symbols
 
 bench-verify: install
 	$(BIN)/python -m tests.bench.verify

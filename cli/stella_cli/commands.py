@@ -599,6 +599,37 @@ def import_(archive: str, to: str, carried: str | None, keys: tuple[str, ...]) -
     )
 
 
+@signals.command(short_help="Name the functions of stack frames.")
+@_everywhere
+@click.argument("inputs", metavar="[FILE|BUILD_ID+OFFSET|-]...", nargs=-1)
+@click.option(
+    "--debug-directory",
+    "directories",
+    multiple=True,
+    type=click.Path(file_okay=False),
+    help="Folder of binaries and debug files, searched through before the configured ones. May be repeated.",
+)
+@click.option("--offline", is_flag=True, help="Ask no debuginfod server, whatever the configuration says.")
+@_format("text", "json")
+def symbolize(inputs: tuple[str, ...], directories: tuple[str, ...], offline: bool, form: str | None) -> int:
+    """Name the functions that stack frames point into, beside the evidence lines; the lines are never changed.
+
+    Reads evidence lines, or words BUILD_ID+OFFSET, from files, arguments or stdin.
+    An address needs no live process and no node: give the binary, or its debug file with it, on any machine.
+    Answers are kept tables of this node first, then --debug-directory, then the configured directories.
+
+    \b
+    Examples:
+      stella signals tail --type net_connect | stella signals symbolize
+      stella signals symbolize 000042.ndjson --debug-directory ./binaries --format json
+      stella signals symbolize 93ac61ec5a8eb1396f9fbd350e3169a558528a40+0x104cf0
+    Exit codes: 0 something was resolved, 1 nothing was (the output has the reasons), 4 no such file
+    """
+    from stella_cli import symbolizing
+
+    return symbolizing.run(_settings(), list(inputs), list(directories), offline=offline, as_json=form == "json")
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.  Every failure has been told on stderr by then."""
     as_json = failure.wants_json(arguments)

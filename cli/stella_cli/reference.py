@@ -129,8 +129,6 @@ def _key_lines(field: config_layers.Field) -> list[str]:
     facts += [f"in {extra['unit']}"] if "unit" in extra else []
     lines = [f"### `{field.key}`\n", f"{field.meta.description}\n", f"- {'; '.join(facts)}"]
     lines += [f"- environment: `{config.env_name(field.key)}`"]
-    if "effect" in extra:
-        lines += [f"- **{extra['effect']}**"]
     return [*lines, ""]
 
 

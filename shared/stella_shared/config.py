@@ -29,17 +29,15 @@ from stella_shared.errors import ConfigError
 
 FILE_MAX_BYTES: Final = 1 << 20
 ENV_PREFIX: Final = "STELLA_SIGNALS__"
-#: Keys whose effect comes with a later release carry this in their Meta; the reference page shows it.
-LATER: Final = "accepted and checked; takes effect in a later release"
 
 
 def _key(description: str) -> Meta:
     return Meta(description=description)
 
 
-def _number(description: str, ge: float, le: float, unit: str = "", effect: str = "") -> Meta:
-    """Return the Meta of a bounded number: meaning, limits, unit, and whether its effect comes later."""
-    extra = {name: text for name, text in (("unit", unit), ("effect", effect)) if text}
+def _number(description: str, ge: float, le: float, unit: str = "") -> Meta:
+    """Return the Meta of a bounded number: meaning, limits and unit."""
+    extra = {"unit": unit} if unit else {}
     return Meta(description=description, ge=ge, le=le, extra=extra)
 
 
@@ -248,7 +246,7 @@ class Resources(_Section, frozen=True):
     ] = 256
     symbol_cache_max_entries: Annotated[
         int,
-        _number("Resolved addresses kept in the symbol cache.", unit="entries", effect=LATER, ge=1, le=100_000_000),
+        _number("Resolved addresses that each enricher keeps in memory.", unit="entries", ge=1, le=100_000_000),
     ] = 100_000
     container_cache_ttl_seconds: Annotated[
         int,
@@ -259,6 +257,38 @@ class Resources(_Section, frozen=True):
             le=86400,
         ),
     ] = 300
+
+
+class Symbols(_Section, frozen=True):
+    """Names of functions for stack frames."""
+
+    enabled: Annotated[
+        bool,
+        _key(
+            "Resolve the frames of stacks when lines are made, and keep the tables for it below the state directory. "
+            "`false`: lines carry build-id and offset, which `stella signals symbolize` can resolve later."
+        ),
+    ] = True
+    debug_directories: Annotated[
+        list[_Item],
+        _list("Where separate debug files are looked for, as `<directory>/.build-id/xx/rest.debug`."),
+    ] = msgspec.field(default_factory=lambda: ["/usr/lib/debug"])
+    debuginfod_urls: Annotated[
+        list[_Item],
+        _list(
+            "debuginfod servers that are asked for what is not on this machine, by build-id. They learn which "
+            "programs run here. Empty: nobody is asked."
+        ),
+    ] = []
+    store_max_mb: Annotated[
+        int,
+        _number(
+            "Size of the tables kept on disk; those unused for longest go first.",
+            unit="MiB (2^20 bytes)",
+            ge=1,
+            le=1 << 20,
+        ),
+    ] = 256
 
 
 class Metrics(_Section, frozen=True):
@@ -379,6 +409,7 @@ class Signals(_Section, frozen=True):
     probes: Annotated[Probes, _key("Which probes are attached.")] = Probes()
     filters: Annotated[Filters, _key("What is collected.")] = Filters()
     resources: Annotated[Resources, _key("Bounds of memory and caches.")] = Resources()
+    symbols: Annotated[Symbols, _key("Names of functions for stack frames.")] = Symbols()
     metrics: Annotated[Metrics, _key("The gateway.")] = Metrics()
     logging: Annotated[Logging, _key("The services' own logs.")] = Logging()
     node: Annotated[str, _text("Name of this node in subjects and evidence. Empty: the host name.", max_length=253)] = (
@@ -480,6 +511,11 @@ def node_name(signals: Signals) -> str:
 def state_directory(signals: Signals) -> Path:
     """Return the state directory: the configured one, else `state` beside the evidence."""
     return Path(signals.state_directory or PurePosixPath(signals.output_directory).parent / "state")
+
+
+def symbols_directory(signals: Signals) -> Path:
+    """Return the folder of the symbol tables that are kept."""
+    return state_directory(signals) / "symbols"
 
 
 def bus_url(signals: Signals) -> str:

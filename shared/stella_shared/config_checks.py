@@ -156,6 +156,14 @@ def _http_faults(text: str) -> list[str]:
     return [] if ok else [f"is {shown(text)}; allowed: http://… or https://…"]
 
 
+def _https_faults(items: list[str]) -> list[str]:
+    return [f"has one that {fault}" for item in items for fault in _http_faults(item)]
+
+
+def _folders_faults(items: list[str]) -> list[str]:
+    return [f"has one that {fault}" for item in items for fault in _folder_faults(item)]
+
+
 CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.output_directory": _folder_faults,
     "signals.state_directory": _optional_folder_faults,
@@ -179,6 +187,8 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.rekor.tuf_url": _http_faults,
     "signals.rekor.tuf_root": _optional_file_faults,
     "signals.rekor.read_url": _http_faults,
+    "signals.symbols.debug_directories": _folders_faults,
+    "signals.symbols.debuginfod_urls": _https_faults,
     "signals.metrics.address": _address_faults,
     "signals.metrics.token_file": _optional_file_faults,
     "signals.bus.url": _url_faults,

@@ -173,7 +173,24 @@ class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     build_id: Annotated[str, Meta(description="GNU build-id of the file, hex.")] | None = None
     offset: Annotated[int, Meta(ge=0, description="Offset in that file.")] | None = None
-    symbol: Annotated[str, Meta(description="`addr:0x…` where the frame belongs to no known file.")] | None = None
+    symbol: (
+        Annotated[
+            str, Meta(description="The function, demangled; `addr:0x…` where the frame belongs to no known file.")
+        ]
+        | None
+    ) = None
+    symbol_offset: Annotated[int, Meta(ge=0, description="Offset from the function's begin.")] | None = None
+    symbol_reason: Annotated[str, Meta(description="Why the function is not known.")] | None = None
+    symbol_source: (
+        Annotated[
+            str,
+            Meta(
+                description="The table that names it: symtab, dynsym, minidebuginfo or gopclntab of the file, or "
+                "`debug_file:` and a table of its separate debug file."
+            ),
+        ]
+        | None
+    ) = None
 
 
 class NetConnect(_Event, frozen=True, tag="net_connect"):
@@ -194,6 +211,12 @@ class NetConnect(_Event, frozen=True, tag="net_connect"):
     local_port: Port | None = None
     port: Port | None = None
     stack: list[StackFrame] | None = None
+    symbolizer: (
+        Annotated[
+            str, Meta(description="What has named the frames: its version and those of the libraries it reads with.")
+        ]
+        | None
+    ) = None
 
 
 class SslOp(_Event, frozen=True, tag="ssl_op"):

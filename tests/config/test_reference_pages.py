@@ -53,13 +53,6 @@ def test_every_key_metric_and_cause_stands_in_its_page() -> None:
         assert f"| `{name}` |" in pages["metrics.md"]
 
 
-def test_keys_without_effect_yet_are_marked() -> None:
-    """A key that is accepted and does nothing yet says so in the page."""
-    page = reference.pages()["configuration.md"]
-    section = page.split("### `signals.resources.symbol_cache_max_entries`")[1].split("###")[0]
-    assert config.LATER in section
-
-
 def test_the_configuration_schema_accepts_the_runbook_and_refuses_typos() -> None:
     """Editors that use the schema judge as the program does."""
     schema = reference.configuration_schema()

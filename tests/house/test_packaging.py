@@ -66,6 +66,16 @@ def test_an_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
         ("services/signer/stella_signer/steps.py", "import fastapi", "The web framework stays in the gateway"),
         ("services/collector/stella_collector/spool.py", "import ctypes", "libbpf is spoken in one module"),
         ("services/signer/stella_signer/steps.py", "import stella_cli", "Services do not import the command"),
+        (
+            "services/enricher/stella_enricher/symbols/store.py",
+            "import elftools",
+            "ELF, DWARF and mangled names are read in the child process",
+        ),
+        (
+            "services/enricher/stella_enricher/frames.py",
+            "from stella_enricher.symbols import names",
+            "Nothing but the child process loads the readers of files",
+        ),
     ],
 )
 def test_each_import_rule_fails_when_it_is_broken(tmp_path: Path, module: str, line: str, contract: str) -> None:

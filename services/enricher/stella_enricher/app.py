@@ -14,6 +14,8 @@ import hashlib
 import logging
 import os
 import time
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -22,11 +24,16 @@ import msgspec
 from stella_enricher.cgroups import CgroupIndex
 from stella_enricher.containers import Container, ContainerResolver, unknown
 from stella_enricher.docker_api import DockerApi
+from stella_enricher.frames import FrameNamer
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
 from stella_enricher.redaction import Redactor
+from stella_enricher.symbols import debuginfod
+from stella_enricher.symbols.finding import Finder
+from stella_enricher.symbols.resolver import Resolver
+from stella_enricher.symbols.store import Store
 from stella_shared import VERSION, clock, events, lifecycle, metrics, subjects
 from stella_shared.bus import Bus, Message, Work
-from stella_shared.config import Signals, bus_url, bus_user, node_name
+from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import WIRE_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
@@ -48,16 +55,19 @@ _LATENCY_BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0
 class Enricher:
     """One member of the pool."""
 
-    def __init__(self, signals: Signals, instance: str, bus: Bus, resolver: ContainerResolver) -> None:
+    def __init__(
+        self, signals: Signals, instance: str, bus: Bus, resolver: ContainerResolver, frames: FrameNamer
+    ) -> None:
         self.bus = bus
         self.instance = instance
         self.node = node_name(signals)
         self.boot_id = clock.boot_id()
         self.resolver = resolver
+        self.frames = frames
         redaction = signals.redaction
         self.redactor = Redactor(redaction.patterns, redaction.keep, enabled=redaction.enabled)
         self.lines = open_lines(
-            PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist), self.redactor
+            PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist), self.redactor, frames
         )
         self.started_at = time.time()
         self.batches = 0
@@ -81,9 +91,12 @@ class Enricher:
         begin = time.perf_counter()
         batch = decode_raw(data)
         try:
-            if batch.records and batch.node == self.node and batch.boot_id == self.boot_id:
+            here = batch.node == self.node and batch.boot_id == self.boot_id
+            if batch.records and here:
                 await self.resolver.settle(events.cgroups(batch.records))
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
+            if await self.frames.settle(batch.records if here else b""):
+                enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
             if any(len(part.body) > PART_BYTES_MAX for part in enriched.parts):
                 # A traced program chose names (a library's path) that no message holds; it must not stop the pool.
                 raise BrokenPromise(f"its lines are larger than a message may be ({PART_BYTES_MAX} bytes)")
@@ -241,7 +254,8 @@ class Enricher:
                 "poisoned": self.poisoned,
                 "in_flight": self.in_flight,
                 "containers": containers,
-                "caches": {"containers": containers.get("entries", 0)},
+                "symbols": (symbols := self.frames.stats()),
+                "caches": {"containers": containers.get("entries", 0), "symbols": symbols.get("entries", 0)},
                 "redaction": {"rules": self.redactor.version, "arguments": dict(self.redactor.counts)},
             },
         )
@@ -264,6 +278,20 @@ def _ages(batch: RawBatch, now_ns: int) -> list[tuple[int, int]]:
     count = sum(row.recorded for row in batch.ledger.lanes)
     weight = max(1, count // AGE_SAMPLES)
     return [(now_ns - oldest - (newest - oldest) * i // AGE_SAMPLES, weight) for i in range(AGE_SAMPLES)]
+
+
+def _symbols(signals: Signals) -> Resolver | None:
+    """Return what resolves addresses, None when that is switched off."""
+    symbols, resources = signals.symbols, signals.resources
+    if not symbols.enabled:
+        return None
+    return Resolver(
+        Finder([Path(directory) for directory in symbols.debug_directories]),
+        Store(symbols_directory(signals), symbols.store_max_mb << 20),
+        max_answers=resources.symbol_cache_max_entries,
+        max_table_bytes=(resources.max_cache_memory_mb << 20) // 4,
+        fetch=partial(debuginfod.fetch, symbols.debuginfod_urls) if symbols.debuginfod_urls else None,
+    )
 
 
 async def serve(signals: Signals, instance: str) -> None:
@@ -289,7 +317,8 @@ async def serve(signals: Signals, instance: str) -> None:
                 queue=subjects.RAW_DURABLE,
             )
         )
-        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, index, docker))
+        frames = stack.enter_context(FrameNamer(_symbols(signals)))
+        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, index, docker), frames)
         done = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(enricher.resolver.run)

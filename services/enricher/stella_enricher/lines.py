@@ -25,6 +25,7 @@ from typing import Final
 import msgspec
 
 from stella_enricher.containers import Container
+from stella_enricher.frames import FrameNamer
 from stella_enricher.redaction import Redactor
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
@@ -34,6 +35,7 @@ from stella_shared.events import (
     WHAT,
     WHO,
     FileOpen,
+    NetConnect,
     ProcessExec,
     TcpState,
     decode_event,
@@ -91,16 +93,18 @@ class _Place(msgspec.Struct, frozen=True, gc=False):
 class Lines(ABC):
     """Builds lines, keeping rendered parts from batch to batch.  Use `open_lines`; one for each enricher."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
         self._paths = paths
         self.redactor = redactor or Redactor()
-        self._rendered: tuple[str, str, list[str]] = ("", "", [])
+        self._frames = frames
+        self._rendered: tuple[str, str, list[str], int] = ("", "", [], 0)
 
     def build(self, batch: RawBatch, container_of: Callable[[int], Container]) -> Enriched:
         """Return the batch's lines.  Raises `BrokenPromise` when its bytes cannot be records."""
-        key = (batch.node, batch.boot_id, batch.libraries)
+        key = (batch.node, batch.boot_id, batch.libraries, self._frames.generation if self._frames else 0)
         if key != self._rendered:
-            # Another node's or boot's fields, or other library indexes, would be wrong in kept parts.
+            # Another node's or boot's fields, or other library indexes, would be wrong in kept parts; and when
+            # more symbols are known than before, kept parts say too little.
             self._rendered = key
             self._forget()
         parts, counted, filtered = self._put_together(batch, container_of)
@@ -125,6 +129,8 @@ class Lines(ABC):
         if isinstance(event, ProcessExec):
             event = self._redacted(event)
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
+        if self._frames is not None and isinstance(event, NetConnect) and event.stack:
+            event = self._frames.named(event)
         name = text(comm.split(b"\0", 1)[0])
         return _Fragment(
             type=kind if wanted else 0,
@@ -181,8 +187,8 @@ def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -
 class PythonLines(Lines):
     """The loop in Python."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
-        super().__init__(paths, redactor)
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
+        super().__init__(paths, redactor, frames)
         self._fragments: dict[bytes, _Fragment] = {}
 
     def _forget(self) -> None:
@@ -234,8 +240,8 @@ class PythonLines(Lines):
 class CLines(Lines):
     """The loop in C."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None) -> None:
-        super().__init__(paths, redactor)
+    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
+        super().__init__(paths, redactor, frames)
         lib = ctypes.CDLL(str(NATIVE))
         lib.stella_lines_new.restype = c_void_p
         lib.stella_lines_new.argtypes = (c_uint32, c_uint32, c_uint32, c_uint64)
@@ -317,12 +323,12 @@ class CLines(Lines):
         return parts, found, dropped
 
 
-def open_lines(paths: PathFilter, redactor: Redactor) -> Lines:
+def open_lines(paths: PathFilter, redactor: Redactor, frames: FrameNamer) -> Lines:
     """Return the best builder there is."""
     if NATIVE.exists():
-        return CLines(paths, redactor)
+        return CLines(paths, redactor, frames)
     log.warning("the C line builder is not built; building lines in Python, which costs more")
-    return PythonLines(paths, redactor)
+    return PythonLines(paths, redactor, frames)
 
 
 def all_lost(ledger: Ledger) -> Ledger:

@@ -1,0 +1,1 @@
+"""Names for addresses in files: found, read in a child process, kept, looked up."""
