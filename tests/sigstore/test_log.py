@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from tests.evidence.rfc6962 import LEAVES, ROOTS
 from tests.sigstore import bundles, merkle_tree
 from tests.sigstore.log_entries import encode
 from tests.sigstore.log_standin import LogStandin
@@ -40,19 +41,7 @@ from tests.sigstore.proofs import (
     tile_path,
 )
 
-# The vectors of the first Certificate Transparency log, for the trees of RFC 6962.
-LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
-ROOTS = [
-    "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
-    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
-    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
-    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
-    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
-    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
-    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
-]
+# Of the same tree, as the first Certificate Transparency log gives them.
 INCLUSION = {
     (0, 1): [],
     (0, 8): [
@@ -103,7 +92,7 @@ def test_the_tree_gives_the_known_roots_and_proofs() -> None:
     """Every root, audit path and consistency proof of the reference vectors."""
     tree = Tree()
     for leaf in LEAVES:
-        tree.append(leaf_hash(bytes.fromhex(leaf)))
+        tree.append(leaf_hash(leaf))
     assert ROOTS == [tree.root(size).hex() for size in range(9)]
     for (index, size), path in INCLUSION.items():
         assert path == [one.hex() for one in tree.inclusion(index, size)]
