@@ -54,10 +54,12 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
         return
     demo = " (DEMO: replayed events)" if node and node.demo else ""
     click.echo(f"node {body['node']}: {body.get('status', '?')}{demo}")
+    asked = targets(body)
     _pairs(
         {
             "evidence": node.output_directory if node else settings.signals.output_directory,
             "gateway": gateway.url(settings),
+            **({"targets": asked} if asked else {}),
             "events": _events(body),
             "lost": _sums(_at(body, "totals", "lost_by_cause")) or "nothing",
             "chunks signed": _number(_at(body, "totals", "chunks_signed")),
@@ -79,6 +81,17 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
     )
     if verbose:
         _verbose(settings, body)
+
+
+def targets(body: Mapping[str, Any]) -> str:
+    """Return how many targets the node has found and which it has not; "" when it watches everything."""
+    asked: dict[str, bool] = {}
+    for service in body.get("services", []):
+        for target in _at(service, "detail", "targets") or []:
+            asked[str(target["asked"])] = bool(target["id"])
+    missing = ", ".join(name for name, is_there in asked.items() if not is_there)
+    found = f"{sum(asked.values())} of {len(asked)} found" if asked else ""
+    return f"{found}; not there (yet): {missing}" if missing else found
 
 
 def _events(body: Mapping[str, Any]) -> str:

@@ -125,3 +125,11 @@ def test_a_group_of_errors_is_about_ours() -> None:
     group = BaseExceptionGroup("", [ValueError("x"), BaseExceptionGroup("", [KeyError("y"), ours])])
     assert failure.leaf(group) is ours
     assert isinstance(failure.leaf(BaseExceptionGroup("", [ValueError("x")])), ValueError)
+
+
+def test_status_names_targets_that_are_not_there() -> None:
+    """A node that records nothing because its target is not there says so; one without targets says nothing."""
+    there, absent = {"asked": "/a", "id": 7}, {"asked": "/b", "id": 0}
+    for found, words in (([], ""), ([there], "1 of 1 found"), ([there, absent], "1 of 2 found; not there (yet): /b")):
+        body = {"services": [{"service": "signer"}, {"service": "collector", "detail": {"targets": found}}]}
+        assert words == asking.targets(body)
