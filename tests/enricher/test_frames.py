@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import anyio
@@ -148,10 +149,23 @@ async def test_switched_off_frames_say_so() -> None:
     assert {} == namer.stats()
 
 
-async def test_records_that_cannot_be_a_batch_do_not_matter() -> None:
-    """Another node's batch gives no processes to ask."""
-    with FrameNamer(resolver()) as namer:
+class _Asked(Resolver):
+    """A resolver that finds nothing and keeps which processes it was to look at."""
+
+    asked: list[list[int]]
+
+    def load(self, build_id: str, pids: Iterable[int] = (), path: object = None) -> str:
+        self.asked.append(list(pids))
+        return super().load("00" * 20)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_processes_are_asked_for_files_of_our_own_batches_only(is_ours: bool) -> None:
+    """Another node's process numbers mean nothing here, and records that cannot be a batch do not matter."""
+    asked = _Asked(Finder([]), None, max_answers=100, max_table_bytes=1 << 24)
+    asked.asked = []
+    with FrameNamer(asked) as namer:
         raw = connects(libc_frames("connect")[:1])
         stack_of(PythonLines(PathFilter([], []), frames=namer), raw)
-        await settled(namer, batch(b"", {}))
-        assert "no_file" == stack_of(PythonLines(PathFilter([], []), frames=namer), raw)[0][0]["symbol_reason"]
+        await settled(namer, raw if is_ours else batch(b"", {}))
+    assert [[os.getpid()] if is_ours else []] == asked.asked

@@ -695,6 +695,20 @@ def test_the_file_of_a_running_process_is_found_and_verified(tmp_path: Path) -> 
         assert -1 == file
 
 
+def test_libraries_of_short_programs_are_found_because_they_are_ours_too() -> None:
+    """A process that is gone leaves nothing to look at; libc is mapped by whoever asks."""
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    libc = Path(next(line.split()[-1] for line in mapped if line.endswith("/libc.so.6")))
+    functions = oracle.functions(libc, dynamic=True)
+    begin = next(begin for (begin, _), names in functions.items() if "connect" in names)
+    offset = oracle.offset_of(oracle.segments(libc), begin)
+    assert offset is not None
+    answer = resolver().resolve_now(Question(oracle.build_id(libc), offset), pids=[gone.pid])
+    assert answer.symbol in {"connect", "__connect"}, answer
+
+
 IN_A_CONTAINER = """
 mount -t tmpfs none "$1" && cp "$2" "$1/program" && mkdir "$1/old" && cd "$1" &&
 mount --make-rprivate / && pivot_root . old && exec /program

@@ -91,8 +91,8 @@ class Resolver:
     def load(self, build_id: str, pids: Iterable[int] = (), path: Path | None = None) -> str:
         """Bring the table of a build-id into memory; return "" or the reason why there is none.  Blocks, never raises.
 
-        Looked at are, in this order: the table on disk, `path`, what these processes have mapped, the debug
-        directories, debuginfod.
+        Looked at are, in this order: the table on disk, `path`, what these processes and our own have mapped, the
+        debug directories, debuginfod.
         """
         try:
             found = self._load(build_id, list(pids), path)
@@ -197,7 +197,8 @@ class Resolver:
                     yield file, ""
                     return
                 reason = "build_id_mismatch" if found else reason
-            for pid in pids:
+            # Short programs are gone by now; the libraries that everybody has, libc first, are ours too.
+            for pid in [*pids, os.getpid()]:
                 file = stack.enter_context(self._finder.of_process(pid, build_id))
                 if file >= 0:
                     yield file, ""
