@@ -26,9 +26,15 @@ def run(
     chosen = settings.load(config, target)
     place = Path(to).absolute()
     beside = place.parent / "state"
-    if place == Path(chosen.signals.output_directory) or (beside / "keys" / keys.SIGNING_KEY).exists():
+    if place == Path(chosen.signals.output_directory):
         raise UsageError(
             f"{place} is the place of a node's own evidence", hint="choose another place: --to DIR", runbook=_RUNBOOK
+        )
+    if (beside / "keys" / keys.SIGNING_KEY).exists():
+        raise UsageError(
+            f"{place} lies beside a node's own state ({beside}), where the import would remember keys and the end",
+            hint=f"choose a place with a folder of its own: --to {place.parent / 'imported' / place.name}",
+            runbook=_RUNBOOK,
         )
     named = {verifying.key_id(key) for key in given}
     trusted = named or _known(beside) | _known(chosen.state)

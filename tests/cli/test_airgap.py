@@ -136,8 +136,11 @@ def test_the_signers_process_signs_nothing_but_what_it_made_itself(site: Site) -
 
 
 def test_a_nodes_own_evidence_takes_no_import(site: Site, tmp_path: Path) -> None:
-    """It would put things into a chain that the signer did not write."""
+    """It would put things into a chain, or beside its key, that the signer did not write."""
     site.good("export", "--output", tmp_path / "a.tar.gz")
     done = site.stella("import", tmp_path / "a.tar.gz", "--to", site.evidence)
     assert (2, True) == (done.returncode, "a node's own evidence" in done.stderr)
+    done = site.stella("import", tmp_path / "a.tar.gz", "--to", site.evidence.parent / "other")
+    assert (2, True) == (done.returncode, "lies beside a node's own state" in done.stderr)
+    assert not (site.evidence.parent / "other").exists()
     assert site.report()["valid"]

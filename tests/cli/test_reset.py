@@ -21,6 +21,8 @@ def test_a_reset_is_said_first_and_done_with_confirm(tmp_path: Path) -> None:
     (aside,) = (p for p in tmp_path.iterdir() if p.name.startswith(f"evidence-{site.node.made.chain_id[:8]}-"))
     assert f"old evidence   {aside}" in said and "up to chunk 4: disk was replaced" in said
     assert "Chain Status: ✓ VALID" in site.good("verify-chain", aside)
+    # The head that is there is the old chain's: nothing of the new one was compared with it.
+    assert {"source": "", "index": 0, "statement_sha256": ""} == site.report()["head"]
     site.node.open().release()
     report = site.report()
     assert (True, site.node.made.chain_id, "disk was replaced") == (

@@ -571,7 +571,7 @@ class _Walk:
             chunks=self._chunks,
             open=opened,
             head=HeadCheck(str(self._head_path), head.index, head.statement_sha256)
-            if head
+            if head and (chain is None or head.chain_id == chain.chain_id)
             else extent.declared_end(self._declared),
             trusted_keys=sorted(self._trust.keys),
             trusted_identities=sorted(self._trust.identities),
