@@ -328,6 +328,51 @@ def test_an_archive_of_a_bare_directory_is_no_export(node: Node, tmp_path: Path)
         importing.describe(tmp_path / "nowhere")
 
 
+def _cut_after_a_member(tar: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as whole:
+        return tar[: whole.getmembers()[6].offset]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_cut_after_a_member, "ends without an end mark"),
+        (lambda tar: tar[: len(_cut_after_a_member(tar)) + 100], "truncated header"),
+        (lambda tar: (cut := _cut_after_a_member(tar)) + b"?" * 512 + tar[len(cut) + 512 :], "invalid header"),
+        (lambda tar: tar + b"more", "goes on after its end"),
+    ],
+    ids=["cut", "cut-in-a-header", "broken-header", "longer"],
+)
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_a_damaged_archive_is_not_taken_for_a_shorter_one(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes], words: str
+) -> None:
+    """tarfile ends at the first header that is broken, and says nothing."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        tar.add((whole := small_chain(tmp_path / "n")).evidence, "evidence")
+    path = tmp_path / f"a.{suffix}"
+    for data, is_whole in ((made.getvalue(), True), (damage(made.getvalue()), False)):
+        path.write_bytes(gzip.compress(data) if suffix == "tar.gz" else data)
+        if is_whole:
+            assert verify_chain(path, trusted_keys={whole.made.key_id}).faults == []
+            continue
+        with pytest.raises(BadAnswer, match=words):
+            verify_chain(path, trusted_keys={whole.made.key_id})
+
+
+def test_the_checksum_of_the_compression_counts(tmp_path: Path) -> None:
+    """It is at the end, where nobody would read who stops at the end mark."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+        tar.add(small_chain(tmp_path / "n").evidence, "evidence")
+    data = bytearray(made.getvalue())
+    data[-6] ^= 1
+    (path := tmp_path / "a.tar.gz").write_bytes(data)
+    with pytest.raises(BadAnswer, match="damaged archive: CRC"):
+        verify_chain(path)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("damaged")

@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -49,7 +49,19 @@ class Unpacked(msgspec.Struct, frozen=True):
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended headers are bounded: tarfile reads those into memory whole."""
+    """A member whose extended headers are bounded: tarfile reads those into memory whole.
+
+    And one that must be whole: to tarfile a broken header after the first is an archive's end.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it ends without an end mark") from None
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as e:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(e)) from None
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.type in (*_LONG_HEADERS, *_LONG_NAMES) and self.size > _MAX_HEADER_BYTES:
@@ -104,7 +116,18 @@ def _checked(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
             raise BadAnswer(f"{path}: member {member.name!r} is there twice")
         seen.add(name)
         members.append(member)
+    _check_the_rest(path, tar, allowed)
     return members
+
+
+def _check_the_rest(path: Path, tar: tarfile.TarFile, allowed: int) -> None:
+    """Read what comes after the end mark: padding and nothing else, and then the checksum of the compression."""
+    assert tar.fileobj is not None
+    padding = 0
+    while block := tar.fileobj.read(_BLOCK_BYTES):
+        padding += len(block)
+        if padding > allowed or block.count(0) != len(block):
+            raise BadAnswer(f"{path} goes on after its end", hint="copy it again from where it was made")
 
 
 def _unpack(path: Path, target: Path) -> Unpacked:
