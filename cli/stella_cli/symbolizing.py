@@ -28,6 +28,9 @@ _WORD: Final = re.compile(rb"([0-9a-fA-F]{2,64})\+(0[xX][0-9a-fA-F]{1,16}|[0-9]{
 _STDIN: Final = "-"
 #: Where the debug information of Debian and Fedora goes.
 _USUAL: Final = "/usr/lib/debug"
+#: Answers that are remembered; beyond it the memory starts anew, for a tail may run for months.
+_KNOWN_MAX: Final = 65_536
+_END_SECONDS: Final = 2.0
 
 
 class _Resolver:
@@ -53,9 +56,11 @@ class _Resolver:
             answer = msgspec.json.decode(self._process.stdout.readline(), type=Frame)
         except (OSError, msgspec.MsgspecError):
             raise BrokenPromise(
-                f"the resolver ended with code {self._process.wait()}",
+                f"the resolver ended with code {_ended(self._process)}",
                 hint="pip install 'stella-signals[cli,enricher]'",
             ) from None
+        if len(self._known) >= _KNOWN_MAX:
+            self._known.clear()
         self._known[question] = answer
         return answer
 
@@ -66,7 +71,16 @@ class _Resolver:
             assert self._process.stdout is not None
             self._process.stdin.close()
             self._process.stdout.close()
-            self._process.wait()
+            _ended(self._process)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Return the code of a process that ends by itself, or is made to."""
+    try:
+        return process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def run(settings: Settings, inputs: list[str], directories: list[str], *, offline: bool, as_json: bool) -> int:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from tests.enricher import symbol_oracles as oracle
 
+from stella_cli import symbolizing
+from stella_shared.errors import BrokenPromise
+from stella_shared.symbols import Question
+
 LIBC = next(
     Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("libc.so.6")
 )
@@ -130,3 +134,14 @@ def test_what_cannot_be_asked_is_said(
     assert code == done.returncode, done.stderr
     assert said in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_resolver_that_talks_nonsense_and_stays_is_ended() -> None:
+    """The command says so; it does not wait for a process that waits for it."""
+    talk = "import sys; sys.stdin.readline(); print('nonsense', flush=True); sys.stdin.read()"
+    resolver = symbolizing._Resolver([sys.executable, "-c", talk])
+    try:
+        with pytest.raises(BrokenPromise, match="the resolver ended with code -9"):
+            resolver.ask(Question(BUILD_ID, 0))
+    finally:
+        resolver.close()
