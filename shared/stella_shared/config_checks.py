@@ -60,24 +60,19 @@ def _files_faults(items: list[str]) -> list[str]:
     return [f"has {shown(t)}; allowed: absolute paths of files" for t in items if _optional_file_faults(t)]
 
 
-def _patterns_faults(items: list[str]) -> list[str]:
-    found: list[str] = []
-    for item in items:
-        try:
-            patterns.split(item)
-        except ValueError as e:
-            found.append(f"has {shown(item)}: {e}")
-    return found
+def _that_parse(parse: Callable[[str], object]) -> Callable[[list[str]], list[str]]:
+    """Return a check of lists whose items `parse` takes; it raises `ValueError` with what is wrong."""
 
+    def faults(items: list[str]) -> list[str]:
+        found: list[str] = []
+        for item in items:
+            try:
+                parse(item)
+            except ValueError as e:
+                found.append(f"has {shown(item)}: {e}")
+        return found
 
-def _expressions_faults(items: list[str]) -> list[str]:
-    found: list[str] = []
-    for item in items:
-        try:
-            expressions.compile_pattern(item)
-        except ValueError as e:
-            found.append(f"has {shown(item)}: {e}")
-    return found
+    return faults
 
 
 def _programs_faults(items: list[str]) -> list[str]:
@@ -173,8 +168,8 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.filters.target_containers": _containers_faults,
     "signals.filters.target_namespaces": _namespaces_faults,
     "signals.filters.target_cgroups": _cgroups_faults,
-    "signals.filters.paths.allowlist": _patterns_faults,
-    "signals.filters.paths.denylist": _patterns_faults,
+    "signals.filters.paths.allowlist": _that_parse(patterns.split),
+    "signals.filters.paths.denylist": _that_parse(patterns.split),
     "signals.filters.networks.allowlist": _networks_faults,
     "signals.filters.networks.denylist": _networks_faults,
     "signals.signing.key_id": _key_faults,
@@ -194,6 +189,6 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.bus.url": _url_faults,
     "signals.bus.credentials_file": _optional_file_faults,
     "signals.runtimes.docker_socket": _optional_file_faults,
-    "signals.redaction.patterns": _expressions_faults,
+    "signals.redaction.patterns": _that_parse(expressions.compile_pattern),
     "signals.redaction.keep": _programs_faults,
 }
