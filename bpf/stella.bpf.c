@@ -19,6 +19,8 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 #include "stella_record.h"
+#include "stella_drift.h"
+#include "stella_identity.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -30,6 +32,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define TCP_SYN_SENT 2
 #define TCP_CLOSE 7
 #define TCP_LISTEN 10
+#define AT_FDCWD -100
+#define ROOT_CGROUP 1
 #define MAX_CGROUP_DEPTH 12
 #define RATE_WINDOW_NS 100000000ULL
 
@@ -78,8 +82,12 @@ PREFIX_TRIE(path_deny, struct path_key);
 PREFIX_TRIE(network_allow, struct address_key);
 PREFIX_TRIE(network_deny, struct address_key);
 
-/* What an entry leaves for its exit. One of a kind is open per task at a time. */
+/* What an entry leaves for its exit (one of a kind is open per task at a time), and who the task is. */
 struct inflight {
+	__u64 exec_id; /* of the task, + 1, when the three below were read; 0: never */
+	__u64 start_ns;
+	__u64 program;
+	__u64 cgroup_id; /* whose name is known to be in stella_cgroups */
 	__u64 pointer; /* path, sockaddr */
 	__u64 flags;
 	__u64 resolve;
@@ -104,6 +112,8 @@ struct {
 } stella_inflight SEC(".maps");
 
 struct owner {
+	__u64 start_ns;
+	__u64 program;
 	__u32 tgid;
 	__u32 tid;
 	__u32 uid;
@@ -133,12 +143,12 @@ struct {
 struct open_record {
 	struct stella_header h;
 	struct stella_file_open b;
-	char path[STELLA_PATH_MAX];
+	char path[STELLA_PATH_MAX + STELLA_WALK_MAX];
 };
 struct exec_record {
 	struct stella_header h;
 	struct stella_process_exec b;
-	char data[STELLA_NAME_MAX * 2 + STELLA_ARGV_MAX + STELLA_ARGV_MAX];
+	char data[STELLA_NAME_MAX * 2 + STELLA_ARGV_MAX * 2];
 };
 struct net_record {
 	struct stella_header h;
@@ -156,6 +166,27 @@ struct {
 	__type(key, __u32);
 	__type(value, union scratch);
 } stella_scratch SEC(".maps");
+
+/* Where a path is walked that goes into a record; the same owners. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct walked);
+} stella_walks SEC(".maps");
+
+/* First 12 hex digits of the ids of target containers, for those whose cgroup is made later. */
+struct name_key {
+	char hex[12];
+	__u32 reserved;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct name_key);
+	__type(value, __u8);
+} stella_target_names SEC(".maps");
+__u64 found_levels SEC(".data.found") = 0; /* like scope.cgroup_levels, for what was found here */
 
 /* ---- lanes ---------------------------------------------------------------------------------------- */
 
@@ -199,17 +230,35 @@ static __always_inline bool is_target(__u64 id)
 	return bpf_map_lookup_elem(&stella_targets, &id) != NULL;
 }
 
+static __noinline bool v1_in_scope(struct cgroup *cgroup)
+{
+	for (int i = 0; i < MAX_CGROUP_DEPTH && cgroup; i++) {
+		if (is_target(BPF_CORE_READ(cgroup, kn, id) | STELLA_CGROUP_V1))
+			return true;
+		struct cgroup_subsys_state *parent = BPF_CORE_READ(cgroup, self.parent);
+		if (!parent)
+			break;
+		cgroup = BPF_CORE_READ(parent, cgroup);
+	}
+	return false;
+}
+
 static __always_inline bool current_in_scope(void)
 {
 	if (!config.scoped)
 		return true;
-	__u64 levels = scope.cgroup_levels;
+	__u64 levels = scope.cgroup_levels | found_levels;
 	for (int level = 0; level < MAX_CGROUP_DEPTH; level++) {
 		if (levels & (1ULL << level)) {
 			__u64 id = bpf_get_current_ancestor_cgroup_id(level);
 			if (id && is_target(id))
 				return true;
 		}
+	}
+	if (levels && config.v1_hierarchy && bpf_get_current_cgroup_id() == ROOT_CGROUP) {
+		struct cgroup *cgroup = v1_cgroup_of((void *)bpf_get_current_task());
+		if (v1_in_scope(cgroup))
+			return true;
 	}
 	if (scope.namespaces) {
 		struct task_struct *task = (void *)bpf_get_current_task();
@@ -254,10 +303,15 @@ static __always_inline bool watched(__u32 kind)
 	return false;
 }
 
+static __always_inline struct inflight *own_storage(void)
+{
+	return bpf_task_storage_get(&stella_inflight, bpf_get_current_task_btf(), 0,
+				    BPF_LOCAL_STORAGE_GET_F_CREATE);
+}
+
 static __always_inline struct inflight *remember(__u32 kind)
 {
-	struct inflight *f = bpf_task_storage_get(&stella_inflight, bpf_get_current_task_btf(), 0,
-						  BPF_LOCAL_STORAGE_GET_F_CREATE);
+	struct inflight *f = own_storage();
 	if (f)
 		return f;
 	__u32 index;
@@ -340,14 +394,58 @@ static __always_inline bool address_wanted(__u16 family, const __u8 *address)
 
 /* ---- taking a number and handing the record over ------------------------------------------------------ */
 
-static __always_inline void fill_current(struct stella_header *h)
+/* The task's identity, read anew after an exec. */
+static __always_inline void identify(struct inflight *f)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	__u64 exec_id = task->self_exec_id + 1;
+	if (f->exec_id == exec_id)
+		return;
+	f->start_ns = task->group_leader->start_boottime;
+	f->program = stella_program_of(bpf_get_current_task());
+	f->exec_id = exec_id;
+}
+
+static __always_inline __u64 current_cgroup(struct inflight *f)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	__u64 id = bpf_get_current_cgroup_id();
+	if (id == ROOT_CGROUP && config.v1_hierarchy) {
+		struct cgroup *cgroup = v1_cgroup_of(task);
+		__u64 v1 = BPF_CORE_READ(cgroup, kn, id);
+		if (v1 > ROOT_CGROUP) {
+			id = v1 | STELLA_CGROUP_V1;
+			if (id != f->cgroup_id)
+				stella_know_cgroup((__u64)cgroup, id);
+			f->cgroup_id = id;
+			return id;
+		}
+	}
+	if (id != f->cgroup_id) {
+		stella_know_cgroup((__u64)BPF_CORE_READ(task, cgroups, dfl_cgrp), id);
+		f->cgroup_id = id;
+	}
+	return id;
+}
+
+/* `f` may be NULL, when there was no memory for it: then the names are missing, and nothing else. */
+static __always_inline void fill_current(struct stella_header *h, struct inflight *f)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	h->tgid = ids >> 32;
 	h->tid = (__u32)ids;
 	h->uid = (__u32)bpf_get_current_uid_gid();
-	h->cgroup_id = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(h->comm, sizeof(h->comm));
+	if (f) {
+		identify(f);
+		h->start_ns = f->start_ns;
+		h->program = f->program;
+		h->cgroup_id = current_cgroup(f);
+	} else {
+		h->start_ns = 0;
+		h->program = STELLA_PROGRAM_UNKNOWN;
+		h->cgroup_id = bpf_get_current_cgroup_id();
+	}
 }
 
 /* The number first. NULL: it is spent, and already counted as lost. */
@@ -392,6 +490,53 @@ static __always_inline int open_entry(__u16 call, __s32 dfd, unsigned long path,
 	return 0;
 }
 
+static __always_inline struct file *file_of(__s32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	if (fd < 0 || (__u32)fd >= BPF_CORE_READ(table, max_fds))
+		return NULL;
+	struct file **files = BPF_CORE_READ(table, fd);
+	struct file *file = NULL;
+	bpf_probe_read_kernel(&file, sizeof(file), files + fd);
+	return file;
+}
+
+/* What the kernel itself knows of the opened file, behind the caller's word for it: the path of the file, or when
+ * there is none that of the directory a relative path starts from. Returns the bytes that were added. */
+static __always_inline __u32 add_walked(struct open_record *r, __s32 dfd, long result, __u32 length)
+{
+	__u32 zero = 0;
+	struct walked *w = bpf_map_lookup_elem(&stella_walks, &zero);
+	if (!w)
+		return 0;
+	struct path *where = NULL;
+	struct file *file = file_of(result >= 0 ? (__s32)result : dfd);
+	if (file)
+		where = (void *)file + bpf_core_field_offset(struct file, f_path);
+	r->b.walked = STELLA_WALKED_DIRECTORY;
+	if (result >= 0 && file) {
+		struct inode *inode = BPF_CORE_READ(file, f_inode);
+		r->b.walked = STELLA_WALKED_FILE;
+		r->b.inode = BPF_CORE_READ(inode, i_ino);
+		r->b.device = BPF_CORE_READ(inode, i_sb, s_dev);
+	} else if (dfd == AT_FDCWD) {
+		struct task_struct *task = (void *)bpf_get_current_task();
+		where = (void *)BPF_CORE_READ(task, fs) + bpf_core_field_offset(struct fs_struct, pwd);
+	}
+	if (!where) {
+		r->b.walked = STELLA_WALKED_NOTHING;
+		return 0;
+	}
+	__u32 begin = stella_walk((__u64)where, w);
+	__u32 at = begin & (STELLA_WALK_MAX - 1);
+	r->b.walked_flags = begin >> 16;
+	__u32 size = (STELLA_WALK_MAX - at) & (STELLA_WALK_MAX - 1);
+	bpf_probe_read_kernel(&r->path[length & (STELLA_PATH_MAX - 1)], size, &w->path[at]);
+	r->b.walked_len = size;
+	return size;
+}
+
 static __always_inline int open_exit(__u16 call, long result)
 {
 	struct inflight *f = recall();
@@ -422,7 +567,7 @@ static __always_inline int open_exit(__u16 call, long result)
 	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_SYSCALL);
 	if (!lane)
 		return 0;
-	fill_current(&r->h);
+	fill_current(&r->h, f);
 	r->h.type = STELLA_FILE_OPEN;
 	r->h.call = call;
 	r->b.result = result;
@@ -430,9 +575,19 @@ static __always_inline int open_exit(__u16 call, long result)
 	r->b.mode = f->mode;
 	r->b.dfd = f->fd;
 	r->b.resolve = f->resolve;
+	r->b.inode = 0;
+	r->b.device = 0;
+	r->b.walked = STELLA_WALKED_NOTHING;
+	r->b.walked_len = 0;
+	r->b.walked_flags = 0;
 	r->b.reserved = 0;
 	r->b.lpm_prefixlen = 0;
 	__u64 size = sizeof(r->h) + sizeof(r->b) + length;
+	bool absolute = r->b.path_status != STELLA_FAULT && r->path[0] == '/';
+	if (!absolute || (config.kernel_paths && result >= 0))
+		size += add_walked(r, f->fd, result, length);
+	if (size > sizeof(*r))
+		size = sizeof(*r);
 	r->h.size = size;
 	submit(lane, STELLA_LANE_SYSCALL, r, size);
 	return 0;
@@ -479,6 +634,44 @@ int stella_open2_ex(struct trace_event_raw_sys_exit *ctx)
 
 /* ---- exec ---------------------------------------------------------------------------------------------- */
 
+/* Where a relative name starts from, behind everything else. Returns the bytes that were added. */
+static __always_inline __u32 add_directory(struct exec_record *r, struct task_struct *task, __u32 end)
+{
+	__u32 one = 1;
+	struct walked *w = bpf_map_lookup_elem(&stella_walks, &one);
+	if (!w)
+		return 0;
+	struct path *where = (void *)BPF_CORE_READ(task, fs) + bpf_core_field_offset(struct fs_struct, pwd);
+	__u32 begin = stella_walk((__u64)where, w);
+	__u32 at = begin & (STELLA_WALK_MAX - 1);
+	__u32 size = (STELLA_WALK_MAX - at) & (STELLA_WALK_MAX - 1);
+	bpf_probe_read_kernel(&r->data[end & (STELLA_NAME_MAX * 2 + STELLA_ARGV_MAX - 1)], size, &w->path[at]);
+	r->b.directory_len = size;
+	r->b.directory_flags = begin >> 16;
+	return size;
+}
+
+static __always_inline void name_ancestors(struct exec_record *r, struct task_struct *task)
+{
+	__u32 count = 0;
+	for (int i = 0; i < STELLA_ANCESTORS_MAX; i++) {
+		struct task_struct *parent = BPF_CORE_READ(task, real_parent);
+		parent = BPF_CORE_READ(parent, group_leader);
+		struct stella_ancestor *a = &r->b.ancestors[i];
+		__builtin_memset(a, 0, sizeof(*a));
+		__u32 pid = BPF_CORE_READ(parent, tgid);
+		if (!parent || !pid || parent == task) /* above init is nobody */
+			continue;
+		a->pid = pid;
+		a->start_ns = BPF_CORE_READ(parent, start_boottime);
+		bpf_probe_read_kernel_str(a->comm, sizeof(a->comm),
+					  (void *)parent + bpf_core_field_offset(struct task_struct, comm));
+		count++;
+		task = parent;
+	}
+	r->b.ancestors_count = count;
+}
+
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_binprm *binprm)
 {
@@ -492,11 +685,16 @@ int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_bi
 	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_EXEC);
 	if (!lane)
 		return 0;
-	fill_current(&r->h);
+	fill_current(&r->h, own_storage());
 	r->h.type = STELLA_PROCESS_EXEC;
 	r->h.call = STELLA_CALL_EXEC;
-	r->b.start_ns = BPF_CORE_READ(task, start_boottime);
-	r->b.ppid = BPF_CORE_READ(task, real_parent, tgid);
+	struct inode *inode = BPF_CORE_READ(task, mm, exe_file, f_inode);
+	r->b.inode = BPF_CORE_READ(inode, i_ino);
+	r->b.device = BPF_CORE_READ(inode, i_sb, s_dev);
+	r->b.reserved = 0;
+	r->b.directory_len = 0;
+	r->b.directory_flags = 0;
+	name_ancestors(r, task);
 
 	const char *filename = BPF_CORE_READ(binprm, filename);
 	const char *interp = BPF_CORE_READ(binprm, interp);
@@ -530,6 +728,8 @@ int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_bi
 	}
 	r->b.argv_len = length;
 	__u64 size = sizeof(r->h) + sizeof(r->b) + at + length;
+	if (r->b.filename_status != STELLA_FAULT && r->data[0] != '/')
+		size += add_directory(r, task, at + length);
 	if (size > sizeof(*r))
 		size = sizeof(*r);
 	r->h.size = size;
@@ -559,6 +759,13 @@ static __always_inline void remember_owner(struct sock *sk)
 	owner.tgid = ids >> 32;
 	owner.tid = (__u32)ids;
 	owner.uid = (__u32)bpf_get_current_uid_gid();
+	owner.program = STELLA_PROGRAM_UNKNOWN;
+	struct inflight *f = own_storage();
+	if (f) {
+		identify(f);
+		owner.start_ns = f->start_ns;
+		owner.program = f->program;
+	}
 	bpf_get_current_comm(owner.comm, sizeof(owner.comm));
 	__u64 key = (__u64)sk;
 	bpf_map_update_elem(&stella_owners, &key, &owner, BPF_ANY);
@@ -602,7 +809,7 @@ int BPF_PROG(stella_tcp, const struct sock *csk, int old_state, int new_state)
 	if (!take_number(&r.h, STELLA_LANE_SOCK))
 		goto out;
 	if (mine) {
-		fill_current(&r.h);
+		fill_current(&r.h, own_storage());
 		r.b.attribution = STELLA_ATTR_CURRENT;
 	} else {
 		struct owner *owner = bpf_map_lookup_elem(&stella_owners, &key);
@@ -610,10 +817,14 @@ int BPF_PROG(stella_tcp, const struct sock *csk, int old_state, int new_state)
 			r.h.tgid = owner->tgid;
 			r.h.tid = owner->tid;
 			r.h.uid = owner->uid;
+			r.h.start_ns = owner->start_ns;
+			r.h.program = owner->program;
 			__builtin_memcpy(r.h.comm, owner->comm, sizeof(owner->comm));
 			r.b.attribution = STELLA_ATTR_OWNER;
 		}
 		r.h.cgroup_id = cgroup ? BPF_CORE_READ(cgroup, kn, id) : 0;
+		if (cgroup)
+			stella_know_cgroup((__u64)cgroup, r.h.cgroup_id);
 	}
 	r.h.type = STELLA_TCP_STATE;
 	r.h.call = STELLA_CALL_SET_STATE;
@@ -633,13 +844,9 @@ out:
 
 static __always_inline struct sock *socket_of(__s32 fd)
 {
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	if (fd < 0 || (__u32)fd >= BPF_CORE_READ(table, max_fds))
+	struct file *file = file_of(fd);
+	if (!file)
 		return NULL;
-	struct file **files = BPF_CORE_READ(table, fd);
-	struct file *file = NULL;
-	bpf_probe_read_kernel(&file, sizeof(file), files + fd);
 	struct socket *socket = BPF_CORE_READ(file, private_data);
 	return BPF_CORE_READ(socket, sk);
 }
@@ -754,7 +961,7 @@ static __always_inline int net_exit(__u16 call, long result)
 	}
 	if (!take_number(&r->h, STELLA_LANE_SYSCALL))
 		return 0;
-	fill_current(&r->h);
+	fill_current(&r->h, f);
 	r->h.type = STELLA_NET_CONNECT;
 	r->h.call = call;
 	r->b.result = result;
@@ -860,7 +1067,7 @@ static __always_inline int u_net_exit(__u16 call, long result)
 		return 0;
 	}
 	r->n.h = h;
-	fill_current(&r->n.h);
+	fill_current(&r->n.h, f);
 	r->n.h.type = STELLA_NET_CONNECT;
 	r->n.h.call = call;
 	r->n.h.size = sizeof(*r);
@@ -917,7 +1124,7 @@ static __always_inline int ssl_exit(void *ctx, __u16 call, __s32 result)
 	struct stella_lane *lane = take_number(&r.h, STELLA_LANE_UPROBE);
 	if (!lane)
 		return 0;
-	fill_current(&r.h);
+	fill_current(&r.h, f);
 	r.h.type = STELLA_SSL_OP;
 	r.h.call = call;
 	r.h.size = sizeof(r);
@@ -944,3 +1151,41 @@ SSL(sr, STELLA_CALL_SSL_READ, 0)
 SSL(sw, STELLA_CALL_SSL_WRITE, 0)
 SSL(srx, STELLA_CALL_SSL_READ_EX, PT_REGS_PARM4(ctx))
 SSL(swx, STELLA_CALL_SSL_WRITE_EX, PT_REGS_PARM4(ctx))
+
+/* ---- target containers whose cgroup is made while we watch ------------------------------------------------- */
+
+/* A container's cgroup is called by its id, with the runtime's prefix before it or not. */
+static __noinline bool names_target(const char *name)
+{
+	static const __u8 prefixes[] = { 0, 5, 7, 8, 15 }; /* crio-, docker-/libpod-, nerdctl-, cri-containerd- */
+	char head[32] = {};
+	bpf_probe_read_kernel_str(head, sizeof(head), name);
+	for (int i = 0; i < 5; i++) {
+		__u32 at = prefixes[i] & 15;
+		if (at && head[at - 1] != '-')
+			continue;
+		struct name_key key = {};
+		for (int k = 0; k < 12; k++)
+			key.hex[k] = head[at + k];
+		if (bpf_map_lookup_elem(&stella_target_names, &key))
+			return true;
+	}
+	return false;
+}
+
+SEC("tp_btf/cgroup_mkdir")
+int BPF_PROG(stella_mkdir, struct cgroup *cgroup, const char *path)
+{
+	int level = BPF_CORE_READ(cgroup, level);
+	int hierarchy = BPF_CORE_READ(cgroup, root, hierarchy_id);
+	bool v1 = hierarchy && hierarchy == (int)config.v1_hierarchy;
+	if ((hierarchy && !v1) || level <= 0 || level >= MAX_CGROUP_DEPTH)
+		return 0;
+	if (!names_target(BPF_CORE_READ(cgroup, kn, name)))
+		return 0;
+	__u64 id = BPF_CORE_READ(cgroup, kn, id) | (v1 ? STELLA_CGROUP_V1 : 0);
+	__u8 one = 1;
+	bpf_map_update_elem(&stella_targets, &id, &one, BPF_ANY);
+	__sync_fetch_and_or(&found_levels, 1ULL << level);
+	return 0;
+}

@@ -36,11 +36,17 @@ enum stella_status { /* of a string or an address that was read from memory */
 #define STELLA_ARGV_MAX 2048
 #define STELLA_UNIX_PATH_MAX 108
 #define STELLA_STACK_MAX 8
+#define STELLA_ANCESTORS_MAX 6
+/* A path that was walked in the kernel, from its end; what is longer loses its begin. */
+#define STELLA_WALK_MAX 512
+#define STELLA_WALK_ROOM (STELLA_WALK_MAX + 256)
 
 struct stella_header {
 	__u64 ts_ns;	 /* CLOCK_BOOTTIME */
 	__u64 seq;	 /* number of this record in its lane */
-	__u64 cgroup_id; /* cgroup v2 id; of the socket for tcp_state */
+	__u64 cgroup_id; /* of the socket for tcp_state; see STELLA_CGROUP_V1 */
+	__u64 start_ns;	 /* start of the process, CLOCK_BOOTTIME: with tgid, its identity */
+	__u64 program;	 /* key of stella_programs, or enum stella_program_key */
 	__u32 tgid;
 	__u32 tid;
 	__u32 uid;
@@ -69,29 +75,86 @@ enum stella_call {
 	STELLA_CALL_SSL_WRITE_EX = 14,
 };
 
+enum stella_program_key { /* keys that name no program */
+	STELLA_PROGRAM_NONE = 0,   /* no process is named */
+	STELLA_PROGRAM_KERNEL = 1, /* a thread of the kernel's own */
+	STELLA_PROGRAM_UNKNOWN = 2, /* there was no memory to look */
+};
+
+/* Ids in a cgroup v1 hierarchy, where a task has no cgroup v2 of its own, have this added. */
+#define STELLA_CGROUP_V1 (1ULL << 62)
+
+enum stella_walked { /* what a walked path belongs to */
+	STELLA_WALKED_NOTHING = 0,
+	STELLA_WALKED_FILE = 1,	     /* the file that was opened */
+	STELLA_WALKED_DIRECTORY = 2, /* the directory that a relative path starts from */
+};
+
+enum stella_walk_flag {
+	STELLA_WALK_CUT = 1,	  /* the begin is missing */
+	STELLA_WALK_UNLINKED = 2, /* the file has no name any more */
+	STELLA_WALK_DETACHED = 4, /* it stands in no directory: memfd, pipe */
+};
+
 struct stella_file_open {
 	__s64 result; /* fd, or -errno */
 	__u64 flags;
 	__u64 resolve; /* openat2 only */
+	__u64 inode;   /* of the walked file */
 	__u32 mode;
 	__s32 dfd;
+	__u32 device;	 /* major << 20 | minor, of the walked file */
 	__u16 path_len; /* without the terminating zero */
+	__u16 walked_len;
 	__u8 path_status;
+	__u8 walked; /* enum stella_walked */
+	__u8 walked_flags;
 	__u8 reserved;
 	__u32 lpm_prefixlen; /* must stand right before the path: both are the key of the prefix tries */
-	/* path_len bytes of path follow */
+	/* path_len bytes of path, walked_len bytes of walked path follow */
+};
+
+struct stella_ancestor {
+	__u64 start_ns;
+	__u32 pid;
+	__u32 reserved;
+	char comm[16];
 };
 
 struct stella_process_exec {
-	__u64 start_ns; /* of the process, CLOCK_BOOTTIME */
-	__u32 ppid;
+	__u64 inode; /* of the program's file */
+	__u32 device;
 	__u32 argv_total; /* bytes the process was given */
 	__u16 filename_len;
 	__u16 interpreter_len;
-	__u16 argv_len; /* bytes that follow */
+	__u16 argv_len;
+	__u16 directory_len; /* where a relative filename starts from */
 	__u8 filename_status;
 	__u8 argv_status;
-	/* filename, interpreter, argv (zero-separated) follow */
+	__u8 directory_flags;
+	__u8 ancestors_count;
+	__u32 reserved;
+	struct stella_ancestor ancestors[STELLA_ANCESTORS_MAX]; /* the parent first */
+	/* filename, interpreter, argv (zero-separated), directory follow */
+};
+
+/* What a program key means. Written once, in place; `ready` comes last. */
+struct stella_program {
+	__u64 inode;
+	__u32 device;
+	__u16 path_at; /* the path stands at path[path_at .. STELLA_WALK_MAX) */
+	__u8 flags;    /* enum stella_walk_flag */
+	__u8 ready;
+	char path[STELLA_WALK_ROOM];
+};
+
+/* The path of a cgroup from the root of its hierarchy. The same rules. */
+struct stella_cgroup {
+	__u16 path_at;
+	__u8 flags;
+	__u8 ready;
+	__u32 reserved;
+	char path[STELLA_WALK_ROOM];
 };
 
 enum stella_attribution {
@@ -160,8 +223,10 @@ struct stella_config {
 	__u32 path_deny;
 	__u32 network_allow;
 	__u32 network_deny;
-	__u32 reserved;
+	__u32 kernel_paths;	     /* walk the path of every opened file, not of relative ones only */
 	__u64 max_events_per_window; /* 0: no limit; a window is 100 ms */
+	__u32 v1_hierarchy;	     /* id of the cgroup v1 hierarchy of the pids controller; 0: there is none */
+	__u32 reserved;
 };
 
 /* Written while running: what the targets are. */

@@ -41,6 +41,7 @@ enum bpf_map_type_used {
 #define BPF_LOCAL_STORAGE_GET_F_CREATE (1ULL << 0)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ANY 0
+#define BPF_NOEXIST 1
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
@@ -63,23 +64,70 @@ struct nsproxy {
 };
 
 struct kernfs_node {
+	const char *name;
 	__u64 id;
 };
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
 	struct cgroup_subsys_state *parent;
 };
+struct cgroup_root {
+	int hierarchy_id;
+};
 struct cgroup {
 	struct cgroup_subsys_state self;
+	int level;
 	struct kernfs_node *kn;
+	struct cgroup_root *root;
+};
+enum cgroup_subsys_id {
+	pids_cgrp_id = 0, /* the running kernel's number is put in at load */
+};
+struct css_set {
+	struct cgroup_subsys_state *subsys[1];
+	struct cgroup *dfl_cgrp;
 };
 struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+struct super_block {
+	__u32 s_dev;
+};
+struct inode {
+	struct super_block *i_sb;
+	unsigned long i_ino;
+	unsigned int i_nlink;
+};
+struct qstr {
+	__u32 len;
+	const unsigned char *name;
+};
+struct dentry {
+	struct dentry *d_parent;
+	struct qstr d_name;
+	struct inode *d_inode;
+};
+struct vfsmount {
+	struct dentry *mnt_root;
+};
+struct mount {
+	struct mount *mnt_parent;
+	struct dentry *mnt_mountpoint;
+	struct vfsmount mnt;
+};
+struct path {
+	struct vfsmount *mnt;
+	struct dentry *dentry;
+};
+struct fs_struct {
+	struct path pwd;
+};
+
 struct mm_struct {
 	unsigned long arg_start;
 	unsigned long arg_end;
+	struct file *exe_file;
 };
 
 struct in6_addr {
@@ -117,6 +165,8 @@ struct socket {
 };
 struct file {
 	void *private_data;
+	struct inode *f_inode;
+	struct path f_path;
 };
 struct fdtable {
 	unsigned int max_fds;
@@ -130,10 +180,15 @@ struct task_struct {
 	__s32 pid;
 	__s32 tgid;
 	struct task_struct *real_parent;
+	struct task_struct *group_leader;
 	__u64 start_boottime;
+	__u64 self_exec_id; /* counts the execs of the thread */
+	char comm[16];
 	struct mm_struct *mm;
 	struct nsproxy *nsproxy;
 	struct files_struct *files;
+	struct fs_struct *fs;
+	struct css_set *cgroups;
 };
 
 struct linux_binprm {

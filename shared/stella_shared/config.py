@@ -174,6 +174,13 @@ class Probes(_Section, frozen=True):
             "and cost a hundredth; `uprobe` sees the library call itself."
         ),
     ] = "syscall"
+    kernel_paths: Annotated[
+        Literal["relative", "always"],
+        _key(
+            "When an opened file's path is taken from the kernel itself, which no process can falsify: for `relative` "
+            "paths, which it makes absolute, or `always`, which costs some more for each open."
+        ),
+    ] = "relative"
     openssl_libraries: Annotated[
         list[_Item],
         _list("Absolute paths of the libssl files to watch. Empty: found in the system's library folders."),

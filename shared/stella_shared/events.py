@@ -24,10 +24,13 @@ EVENT_TYPES: Final = ("file_open", "process_exec", "tcp_state", "net_connect", "
 
 # ---- records: bpf/include/stella_record.h, decoded -------------------------------------------------------
 
-#: ts_ns seq cgroup_id tgid tid uid lane type call size comm: a record as it stands in the ring.
-RECORD_HEADER: Final = struct.Struct("<QQQIIIIHHI16s")
-FILE_OPEN_BODY: Final = struct.Struct("<qQQIiHBBI")
-PROCESS_EXEC_BODY: Final = struct.Struct("<QIIHHHBB")
+#: ts_ns seq cgroup_id start_ns program tgid tid uid lane type call size comm: a record as it stands in the ring.
+RECORD_HEADER: Final = struct.Struct("<QQQQQIIIIHHI16s")
+FILE_OPEN_BODY: Final = struct.Struct("<qQQQIiIHHBBBBI")
+#: Before the ancestors, which are ANCESTORS_MAX times ANCESTOR.
+PROCESS_EXEC_BODY: Final = struct.Struct("<QIIHHHHBBBBI")
+ANCESTOR: Final = struct.Struct("<QII16s")
+ANCESTORS_MAX: Final = 6
 TCP_STATE_BODY: Final = struct.Struct("<HHHBB16s16sII")
 NET_CONNECT_BODY: Final = struct.Struct("<qiHHHHBBBB16s16s")
 SSL_OP_BODY: Final = struct.Struct("<qQII")
@@ -64,6 +67,8 @@ CALL_SOURCES: Final = (
 #: Which type of record each call makes.
 CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5)
 _STATUS_OK, _STATUS_TRUNCATED, _STATUS_FAULT, _STATUS_ABSENT = 0, 1, 2, 3
+_WALKED_FILE, _WALKED_DIRECTORY = 1, 2
+_WALK_CUT, _WALK_UNLINKED, _WALK_DETACHED = 1, 2, 4
 _FAULT_REASON: Final = "the address could not be read"
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _FAMILIES: Final = {_AF_UNIX: "unix", _AF_INET: "ipv4", _AF_INET6: "ipv6"}
@@ -107,26 +112,58 @@ class FileOpen(_Event, frozen=True, tag="file_open"):
     flags: Annotated[int, Meta(ge=0, description="open(2) flags.")]
     mode: Annotated[int, Meta(ge=0, description="Creation mode as passed, before the umask.")]
     path_source: Annotated[
-        Literal["user_pointer_at_exit"],
+        Literal["kernel_file", "kernel_directory_and_user_pointer", "user_pointer_at_exit"],
         Meta(
-            description="How the path was obtained: the caller's string, read after the kernel had used it. "
-            "A process can change its own string in between."
+            description="How sure the path is. `kernel_file`: the kernel's own path of the file that was opened. "
+            "`user_pointer_at_exit`: the caller's string, read after the kernel had used it; a process can change "
+            "its own string in between. `kernel_directory_and_user_pointer`: that string, behind the kernel's own "
+            "path of the directory it starts from."
         ),
     ]
     result: Annotated[int, Meta(description="File descriptor, or -errno when the open was refused.")]
+    device: (
+        Annotated[str, Meta(description="Device of the opened file, major:minor, where the kernel told.")] | None
+    ) = None
     dfd: Annotated[int, Meta(description="Directory a relative path starts from; -100: the cwd.")] | None = None
-    path: Annotated[str, Meta(description="The path as the caller wrote it.")] | None = None
+    inode: Annotated[int, Meta(ge=0, description="Inode of the opened file, where the kernel told.")] | None = None
+    path: (
+        Annotated[
+            str,
+            Meta(description="The path, from the root of the process's mount namespace; relative only with a reason."),
+        ]
+        | None
+    ) = None
+    path_given: Annotated[str, Meta(description="The path as the caller wrote it, where that is another.")] | None = (
+        None
+    )
     path_reason: Annotated[str, Meta(description="Why there is no path.")] | None = None
     resolve: Annotated[int, Meta(ge=0, description="openat2(2) resolve flags, when any.")] | None = None
+
+
+class Ancestor(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that another one descends from: with `start_ns` no other process can be meant."""
+
+    comm: str
+    pid: Nat
+    start_ns: Nat
 
 
 class ProcessExec(_Event, frozen=True, tag="process_exec"):
     """A process began to run a program."""
 
     argv: Annotated[list[str], Meta(description="Arguments, the first 2,048 bytes of them; `***` stands for a secret.")]
-    filename: Annotated[str, Meta(description="The program as it was asked for; the script when it is one.")]
-    ppid: Nat
-    start_ns: Annotated[int, Meta(ge=0, description="Start of the process, ns since boot: with pid, its identity.")]
+    filename: Annotated[
+        str,
+        Meta(
+            description="The program as it was asked for, made absolute; the script when it is one. What really runs "
+            "is the line's `exe`."
+        ),
+    ]
+    ppid: Annotated[int, Meta(ge=0, description="The parent; 0 for none.")]
+    ancestors: (
+        Annotated[list[Ancestor], Meta(description="Parent, its parent and so on, six at the most, by the kernel.")]
+        | None
+    ) = None
     argv_bytes: (
         Annotated[
             int,
@@ -144,7 +181,13 @@ class ProcessExec(_Event, frozen=True, tag="process_exec"):
         | None
     ) = None
     argv_truncated: Annotated[bool, Meta(description="Whether argv was cut.")] = False
+    device: Annotated[str, Meta(description="Device of the file of `exe`, major:minor.")] | None = None
+    filename_given: (
+        Annotated[str, Meta(description="The program as it was asked for, where that was relative.")] | None
+    ) = None
+    filename_reason: Annotated[str, Meta(description="Why a relative filename is not absolute.")] | None = None
     filename_truncated: bool = False
+    inode: Annotated[int, Meta(ge=0, description="Inode of the file of `exe`.")] | None = None
     interpreter: Annotated[str, Meta(description="What runs it, when `filename` is a script.")] | None = None
 
 
@@ -255,10 +298,28 @@ class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
         | None
     ) = None
     container_reason: Annotated[str, Meta(description="Why the container is unknown.")] | None = None
+    exe: (
+        Annotated[
+            str,
+            Meta(
+                description="The program that the process runs: the kernel's path of its file, from the root of its "
+                "mount namespace, at the program's first event."
+            ),
+        ]
+        | None
+    ) = None
+    exe_build_id: Annotated[str, Meta(description="GNU build-id of that file, hex.")] | None = None
+    exe_reason: Annotated[str, Meta(description="What is not known of the program, and why.")] | None = None
     image_digest: Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")] | None = None
     image_digest_kind: Annotated[Literal["config", "manifest"], Meta(description="Which digest it is.")] | None = None
     image_reason: Annotated[str, Meta(description="Why the container's image is unknown.")] | None = None
     pid: Annotated[int, Meta(ge=1)] | None = None
+    start_ns: (
+        Annotated[
+            int, Meta(ge=1, description="Start of the process, ns since boot: with `pid` and `boot_id`, its identity.")
+        ]
+        | None
+    ) = None
     tid: Annotated[int, Meta(ge=1)] | None = None
     uid: Nat | None = None
 
@@ -299,6 +360,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     ts_ns: int
     seq: int
     cgroup_id: int
+    start_ns: int
+    program: int
     tgid: int
     tid: int
     uid: int
@@ -314,14 +377,14 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 # Most records repeat what others say, so a batch says each distinct thing once (ring.c does the same in C):
 #
 #     u32 whos, u32 whats, u32 events, u32 bytes of whats
-#     whos    each: u64 cgroup_id, u32 tgid, u32 tid, u32 uid, u32 lane
+#     whos    each: u64 cgroup_id, u64 start_ns, u64 program, u32 tgid, u32 tid, u32 uid, u32 lane
 #     whats   each: u16 type, u16 call, u32 stride, char comm[16], body, zeros up to 8 bytes
 #     events  each: u64 ts_ns, u64 seq, u32 who, u32 what
 #
 # Little-endian; no records at all are no bytes at all.
 
 BATCH_COUNTS: Final = struct.Struct("<4I")
-WHO: Final = struct.Struct("<QIIII")
+WHO: Final = struct.Struct("<QQQIIII")
 WHAT: Final = struct.Struct("<HHI16s")
 EVENT: Final = struct.Struct("<QQII")
 
@@ -329,23 +392,23 @@ EVENT: Final = struct.Struct("<QQII")
 class Batch(msgspec.Struct, frozen=True):
     """A batch taken apart: rows of `WHO`, whole whats with head and body, rows of `EVENT`."""
 
-    whos: list[tuple[int, int, int, int, int]]
+    whos: list[tuple[int, int, int, int, int, int, int]]
     whats: list[bytes]
     events: list[tuple[int, int, int, int]]
 
 
 def pack_batch(raw: Iterable[bytes]) -> bytes:
     """Return the batch of kernel records as they come out of the ring, each with its header."""
-    whos: dict[tuple[int, int, int, int, int], int] = {}
+    whos: dict[tuple[int, int, int, int, int, int, int], int] = {}
     whats: dict[bytes, int] = {}
     events = bytearray()
     count = 0
     for record in raw:
-        ts, seq, cgroup, tgid, tid, uid, lane, kind, call, size, comm = RECORD_HEADER.unpack_from(record)
+        ts, seq, *someone, kind, call, size, comm = RECORD_HEADER.unpack_from(record)
         body = record[RECORD_HEADER.size : size]
         stride = (WHAT.size + len(body) + 7) & ~7
         what = (WHAT.pack(kind, call, stride, comm) + body).ljust(stride, b"\0")
-        who = whos.setdefault((cgroup, tgid, tid, uid, lane), len(whos))
+        who = whos.setdefault(tuple(someone), len(whos))
         events += EVENT.pack(ts, seq, who, whats.setdefault(what, len(whats)))
         count += 1
     if not count:
@@ -380,12 +443,20 @@ def unpack_batch(data: bytes) -> Batch:
     return Batch(list(WHO.iter_unpack(data[BATCH_COUNTS.size : begin])), found, rows)
 
 
-def cgroups(data: bytes) -> set[int]:
-    """Return the cgroup ids of a batch, none for what is no batch."""
+class Names(msgspec.Struct, frozen=True):
+    """The distinct cgroup ids of a batch, and for each distinct program key a process: (pid, start_ns)."""
+
+    cgroups: set[int]
+    programs: dict[int, tuple[int, int]]
+
+
+def names(data: bytes) -> Names:
+    """Return what a batch needs names for, nothing for what is no batch."""
     if len(data) < BATCH_COUNTS.size:
-        return set()
+        return Names(set(), {})
     whos = data[BATCH_COUNTS.size :][: BATCH_COUNTS.unpack_from(data)[0] * WHO.size]
-    return {who[0] for who in WHO.iter_unpack(whos[: len(whos) // WHO.size * WHO.size])}
+    rows = list(WHO.iter_unpack(whos[: len(whos) // WHO.size * WHO.size]))
+    return Names({row[0] for row in rows}, {row[2]: (row[3], row[1]) for row in rows})
 
 
 def oldest_ns(data: bytes) -> int:
@@ -403,9 +474,8 @@ def records(data: bytes) -> Iterator[Record]:
     heads = [WHAT.unpack_from(what) for what in batch.whats]
     for ts, seq, who, what in batch.events:
         kind, call, _, comm = heads[what]
-        cgroup, tgid, tid, uid, lane = batch.whos[who]
         yield Record(
-            ts, seq, cgroup, tgid, tid, uid, lane, kind, call, comm.split(b"\0", 1)[0], batch.whats[what][WHAT.size :]
+            ts, seq, *batch.whos[who], kind, call, comm.split(b"\0", 1)[0], batch.whats[what][WHAT.size :]
         )  # fmt: skip
 
 
@@ -422,37 +492,91 @@ def _cut(body: bytes, start: int, length: int) -> bytes:
 
 
 def _file_open(body: bytes) -> FileOpen:
-    result, flags, resolve, mode, dfd, length, status, _, _ = FILE_OPEN_BODY.unpack_from(body)
+    (result, flags, resolve, inode, mode, dfd, device, length, walked_length, status, kind, walked_flags, _, _) = (
+        FILE_OPEN_BODY.unpack_from(body)
+    )
     access: Literal["read", "write", "read_write", "path"] = _ACCESS[flags & 3]
     if flags & _O_PATH:
         access = "path"
-    path = None if status == _STATUS_FAULT else text(_cut(body, FILE_OPEN_BODY.size, length))
+    given = None if status == _STATUS_FAULT else text(_cut(body, FILE_OPEN_BODY.size, length))
+    walked = text(_cut(body, FILE_OPEN_BODY.size + length, walked_length))
+    path, source, reason = _sure_path(given, walked, kind, walked_flags)
     return FileOpen(
         access=access,
         flags=flags,
         mode=mode,
-        path_source="user_pointer_at_exit",
+        path_source=source,
         result=result,
-        dfd=dfd if path is not None and not path.startswith("/") else None,
+        device=device_text(device) if kind == _WALKED_FILE else None,
+        dfd=dfd if given is not None and not given.startswith("/") else None,
+        inode=inode if kind == _WALKED_FILE else None,
         path=path,
-        path_reason=_FAULT_REASON if path is None else None,
+        path_given=given if given != path else None,
+        path_reason=reason,
         resolve=resolve or None,
     )
 
 
+_PathSource = Literal["kernel_file", "kernel_directory_and_user_pointer", "user_pointer_at_exit"]
+
+
+def _sure_path(given: str | None, walked: str, kind: int, flags: int) -> tuple[str | None, _PathSource, str | None]:
+    """Return the surest path there is, where it comes from, and what is wrong with it."""
+    if kind == _WALKED_FILE and flags & _WALK_DETACHED:
+        return walked.removeprefix("/"), "kernel_file", "the file stands in no directory"
+    if kind == _WALKED_FILE and not flags & _WALK_CUT:
+        return walked, "kernel_file", "the file was removed" if flags & _WALK_UNLINKED else None
+    if given is None:
+        return None, "user_pointer_at_exit", _FAULT_REASON
+    if given.startswith("/"):
+        return given, "user_pointer_at_exit", None
+    if kind != _WALKED_DIRECTORY:
+        return given, "user_pointer_at_exit", "the directory it starts from is not known"
+    if flags & (_WALK_CUT | _WALK_DETACHED):
+        return given, "user_pointer_at_exit", "the directory it starts from has a path that is too long"
+    return _joined(walked, given), "kernel_directory_and_user_pointer", None
+
+
+def _joined(directory: str, name: str) -> str:
+    return f"{directory.rstrip('/')}/{name.removeprefix('./')}" if name else directory
+
+
+def device_text(device: int) -> str:
+    """Return a kernel device number as `major:minor`."""
+    return f"{device >> 20}:{device & 0xFFFFF}"
+
+
 def _process_exec(body: bytes) -> ProcessExec:
-    start_ns, ppid, total, name, interpreter, argv, name_status, argv_status = PROCESS_EXEC_BODY.unpack_from(body)
-    at = PROCESS_EXEC_BODY.size
-    filename = text(_cut(body, at, name))
+    (
+        inode, device, total, name, interpreter, argv, directory,
+        name_status, argv_status, directory_flags, count, _,
+    ) = PROCESS_EXEC_BODY.unpack_from(body)  # fmt: skip
+    ancestors = []
+    for i in range(min(count, ANCESTORS_MAX)):
+        start_ns, pid, _, comm = ANCESTOR.unpack_from(body, PROCESS_EXEC_BODY.size + i * ANCESTOR.size)
+        ancestors.append(Ancestor(comm=text(comm.split(b"\0", 1)[0]), pid=pid, start_ns=start_ns))
+    at = PROCESS_EXEC_BODY.size + ANCESTORS_MAX * ANCESTOR.size
+    given = text(_cut(body, at, name))
     interpreter_text = text(_cut(body, at + name, interpreter))
     raw = _cut(body, at + name + interpreter, argv)
     words = raw[:-1].split(b"\0") if raw.endswith(b"\0") else raw.split(b"\0") if raw else []
+    start = text(_cut(body, at + name + interpreter + argv, directory))
+    filename, reason = given, None
+    if given and not given.startswith("/"):
+        if start and not directory_flags & (_WALK_CUT | _WALK_DETACHED):
+            filename = _joined(start, given)
+        else:
+            reason = "the directory it starts from is not known"
     return ProcessExec(
+        ancestors=ancestors,
         argv=[text(word) for word in words],
         argv_bytes=total,
+        device=device_text(device),
         filename=filename,
-        ppid=ppid,
-        start_ns=start_ns,
+        filename_given=given if given != filename else None,
+        filename_reason=reason,
+        inode=inode,
+        ppid=ancestors[0].pid if ancestors else 0,
         argv_reason=_FAULT_REASON if argv_status == _STATUS_FAULT else None,
         argv_truncated=argv_status == _STATUS_TRUNCATED,
         filename_truncated=name_status == _STATUS_TRUNCATED,

@@ -21,7 +21,9 @@ import msgspec
 
 from stella_shared.errors import BrokenPromise
 
-WIRE_VERSION: Final = 1
+#: Of heads of enriched messages, and of raw batches.
+HEAD_VERSION: Final = 1
+RAW_VERSION: Final = 2
 LANE_KINDS: Final = 4
 LANE_KIND_NAMES: Final = ("syscall", "exec", "sock", "uprobe")
 #: The kind whose programs can be preempted, so that its numbers may come out of order.
@@ -110,6 +112,25 @@ class Closing(msgspec.Struct, frozen=True, array_like=True):
     reason: str = ""
 
 
+class Program(msgspec.Struct, frozen=True, array_like=True):
+    """A program, as the kernel knew it when its first event happened.
+
+    `path` is the kernel's own, from the root of the process's mount namespace; `device` and `inode` are those of
+    the file.  `build_id` is read from the file itself, hex.  `reason` says what is missing and why.
+    """
+
+    path: str
+    device: str = ""
+    inode: int = 0
+    build_id: str = ""
+    reason: str = ""
+
+
+#: Program keys that name no file (enum stella_program_key).
+PROGRAM_NONE, PROGRAM_KERNEL, PROGRAM_UNKNOWN = 0, 1, 2
+FORGOTTEN_PROGRAM: Final = Program("", reason="forgotten")
+
+
 class RawBatch(msgspec.Struct, frozen=True, array_like=True):
     """One drain of the ring, as the collector publishes it.
 
@@ -117,6 +138,8 @@ class RawBatch(msgspec.Struct, frozen=True, array_like=True):
     `coverage` is the canonical JSON of the coverage document when it is new or due again, else empty.  `final`
     marks the last batch of a clean stop.  `closings` stand in a run's batch 0, one for each earlier run that
     ended without a final batch.  Arguments in `records` are as the kernel gave them, secrets and all.
+    `cgroups` are the paths of the cgroups whose ids stand in `records`, `programs` what the program keys there
+    mean: each batch says all of its own, so that any enricher may take it.
     """
 
     version: int
@@ -131,6 +154,8 @@ class RawBatch(msgspec.Struct, frozen=True, array_like=True):
     #: Paths of the libraries whose index the `ssl_op` records carry.
     libraries: list[str]
     records: bytes
+    cgroups: dict[int, str] = {}
+    programs: dict[int, Program] = {}
 
 
 class PartHead(msgspec.Struct, frozen=True):
@@ -234,8 +259,8 @@ def decode_raw(data: bytes) -> RawBatch:
         batch = _raw_decoder.decode(data)
     except _REFUSALS as e:
         raise BrokenPromise(f"raw batch of {len(data)} bytes: {e}") from None
-    if batch.version != WIRE_VERSION:
-        raise BrokenPromise(f"raw batch speaks wire version {batch.version}, this is {WIRE_VERSION}")
+    if batch.version != RAW_VERSION:
+        raise BrokenPromise(f"raw batch speaks wire version {batch.version}, this is {RAW_VERSION}")
     return batch
 
 
@@ -276,8 +301,8 @@ def decode_head(text: str | bytes) -> PartHead:
         head = _head_decoder.decode(_unpacked(text))
     except (*_REFUSALS, ValueError, zlib.error) as e:
         raise BrokenPromise(f"head of an enriched message: {e}") from None
-    if head.version != WIRE_VERSION:
-        raise BrokenPromise(f"enriched head speaks wire version {head.version}, this is {WIRE_VERSION}")
+    if head.version != HEAD_VERSION:
+        raise BrokenPromise(f"enriched head speaks wire version {head.version}, this is {HEAD_VERSION}")
     return head
 
 

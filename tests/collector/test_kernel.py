@@ -72,13 +72,15 @@ libc.syscall(257 if platform.machine() == "x86_64" else 56, -100, ctypes.c_void_
     if os.uname().machine == "x86_64":
         assert by_path[f"{tmp_path}/there", "read_write"].result >= 0
         assert -errno.ENOENT == by_path[f"{tmp_path}/absent-open", "read"].result
-    made = by_path["made", "write"]
+    made = by_path[f"{tmp_path}/made", "write"]
+    assert ("made", "kernel_file") == (made.path_given, made.path_source)
     assert made.result >= 0
     assert 0o640 == made.mode
     assert made.dfd is not None and made.dfd >= 3
     assert by_path[f"{tmp_path}/there", "path"].result >= 0
-    assert (0x04, True) == (by_path["there", "read"].resolve, by_path["there", "read"].result >= 0)
-    assert (0x08, -errno.EXDEV) == (by_path["../absent", "read"].resolve, by_path["../absent", "read"].result)
+    there, absent = by_path[f"{tmp_path}/there", "read"], by_path[f"{tmp_path}/../absent", "read"]
+    assert (0x04, True) == (there.resolve, there.result >= 0)
+    assert (0x08, -errno.EXDEV) == (absent.resolve, absent.result)
     unreadable = by_path[None, "read"]
     assert (-errno.EFAULT, "the address could not be read") == (unreadable.result, unreadable.path_reason)
 
@@ -127,7 +129,6 @@ def test_a_script_names_its_interpreter(watch: Start, tmp_path: Path) -> None:
     )
     (ran,) = [e for e in w.finish().events(ProcessExec) if e.filename == str(script)]
     assert ("/bin/sh", parent, ["/bin/sh", "-e", str(script), "x y"]) == (ran.interpreter, ran.ppid, ran.argv)
-    assert ran.start_ns > 0
 
 
 def test_unix_sockets_have_names(watch: Start, tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_a_dressed_up_path_does_not_hide(watch: Start, tmp_path: Path) -> None:
     (tmp_path / "etc" / "x").touch()
     dressed = [
         f"/proc/..{tmp_path}/etc/x", f"/{tmp_path}/etc/x", f"{tmp_path}//etc/x", f"{tmp_path}/./etc/x",
-        f"{tmp_path}/etc/../etc/x", "relative-x",
+        f"{tmp_path}/etc/../etc/x", f"{tmp_path}/etc/../relative-x",
     ]  # fmt: skip
     keys = {"filters__paths__allowlist": [f"{tmp_path}/etc/**"], "filters__paths__denylist": ["/proc/**"]}
     assert set(dressed) == opened(watch(**keys), [*dressed, "/proc/self/status", f"{tmp_path}/x"])

@@ -72,7 +72,7 @@ class FakeRing:
 def record(seq: int, lane: int = 0, body: bytes = b"", size: int | None = None) -> bytes:
     """Return a kernel record whose body says which one it is."""
     whole = RECORD_HEADER.size + len(body)
-    return RECORD_HEADER.pack(seq + 1, seq, 7, 1, 1, 0, lane, 1, 0, whole if size is None else size, b"x") + body
+    return RECORD_HEADER.pack(seq + 1, seq, 7, 8, 9, 1, 1, 0, lane, 1, 0, whole if size is None else size, b"x") + body
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from stella_shared import events
-from stella_shared.wire import LaneRow, Ledger, RawBatch
+from stella_shared.wire import RAW_VERSION, LaneRow, Ledger, Program, RawBatch
 
 U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -51,6 +51,8 @@ def record(
     comm: bytes = b"cat",
     ts: int = 1,
     cgroup: int = 1,
+    start_ns: int = 9,
+    program: int = 77,
     tgid: int = 5,
     tid: int = 6,
     uid: int = 0,
@@ -58,14 +60,33 @@ def record(
     """Return one record as it stands in a batch."""
     padded = body + b"\0" * (-len(body) % 8)
     size = events.RECORD_HEADER.size + len(padded)
-    return events.RECORD_HEADER.pack(ts, seq, cgroup, tgid, tid, uid, lane, kind, call, size, comm) + padded
+    who = (cgroup, start_ns, program, tgid, tid, uid, lane)
+    return events.RECORD_HEADER.pack(ts, seq, *who, kind, call, size, comm) + padded
 
 
 def file_open(
-    path: bytes, *, result: int = 3, flags: int = 0, resolve: int = 0, mode: int = 0, dfd: int = -100, status: int = 0
+    path: bytes,
+    *,
+    result: int = 3,
+    flags: int = 0,
+    resolve: int = 0,
+    mode: int = 0,
+    dfd: int = -100,
+    status: int = 0,
+    walked: int = 0,
+    walked_path: bytes = b"",
+    walked_flags: int = 0,
+    inode: int = 0,
+    device: int = 0,
 ) -> bytes:
-    """Return the body of a file_open."""
-    return events.FILE_OPEN_BODY.pack(result, flags, resolve, mode, dfd, len(path), status, 0, 0) + path
+    """Return the body of a file_open; `walked` says what `walked_path` is (enum stella_walked)."""
+    return (
+        events.FILE_OPEN_BODY.pack(
+            result, flags, resolve, inode, mode, dfd, device, len(path), len(walked_path), status, walked,
+            walked_flags, 0, 0,
+        )
+        + path + walked_path
+    )  # fmt: skip
 
 
 def process_exec(
@@ -76,15 +97,21 @@ def process_exec(
     name_status: int = 0,
     argv_status: int = 0,
     total: int = 0,
-    start_ns: int = 0,
-    ppid: int = 1,
+    inode: int = 0,
+    device: int = 0,
+    directory: bytes = b"",
+    directory_flags: int = 0,
+    ancestors: tuple[tuple[int, int, bytes], ...] = ((1, 2, b"init"),),
 ) -> bytes:
-    """Return the body of a process_exec."""
+    """Return the body of a process_exec; `ancestors` are (pid, start_ns, comm)."""
+    rows = [events.ANCESTOR.pack(start_ns, pid, 0, comm) for pid, start_ns, comm in ancestors]
     return (
         events.PROCESS_EXEC_BODY.pack(
-            start_ns, ppid, total, len(filename), len(interpreter), len(argv), name_status, argv_status
+            inode, device, total, len(filename), len(interpreter), len(argv), len(directory), name_status,
+            argv_status, directory_flags, len(rows), 0,
         )
-        + filename + interpreter + argv
+        + b"".join(rows).ljust(events.ANCESTORS_MAX * events.ANCESTOR.size, b"\0")
+        + filename + interpreter + argv + directory
     )  # fmt: skip
 
 
@@ -118,6 +145,7 @@ OPENS = st.tuples(
     st.builds(
         file_open, NAMES, result=S64, flags=st.one_of(st.integers(0, 0o17777777), U64),
         resolve=st.one_of(st.just(0), U64), mode=U32, dfd=st.one_of(st.just(-100), S32), status=st.integers(0, 3),
+        walked=st.integers(0, 3), walked_path=NAMES, walked_flags=st.integers(0, 7), inode=U64, device=U32,
     ),
 )  # fmt: skip
 #: Words that hold a secret, say that the next one is it, or look so.
@@ -132,7 +160,9 @@ EXECS = st.tuples(
     st.just(3),
     st.builds(
         process_exec, NAMES, st.one_of(st.just(b""), NAMES), ARGV,
-        name_status=st.integers(0, 2), argv_status=st.integers(0, 2), total=U32, start_ns=U64, ppid=U32,
+        name_status=st.integers(0, 2), argv_status=st.integers(0, 2), total=U32, inode=U64, device=U32,
+        directory=NAMES, directory_flags=st.integers(0, 7),
+        ancestors=st.lists(st.tuples(U32, U64, NAMES.map(lambda b: b[:16])), max_size=6).map(tuple),
     ),
 )  # fmt: skip
 STATES = st.tuples(
@@ -178,7 +208,7 @@ def split(data: bytes) -> list[bytes]:
     """Return the records that stand back to back in `data`."""
     out = []
     while data:
-        size = events.RECORD_HEADER.unpack_from(data)[9]
+        size = events.RECORD_HEADER.unpack_from(data)[11]
         out.append(data[:size])
         data = data[size:]
     return out
@@ -193,11 +223,14 @@ def batch(
     boot_id: str = "b" * 32,
     libraries: list[str] | None = None,
     packed: bytes | None = None,
+    cgroups: dict[int, str] | None = None,
+    programs: dict[int, Program] | None = None,
 ) -> RawBatch:
     """Return a batch of these records (or of these packed bytes), whose ledger says so."""
     rows = [LaneRow(lane, 0, n, n, 0, 0) for lane, n in sorted(lanes.items()) if n]
     return RawBatch(
-        version=1, node=node, boot_id=boot_id, run=run, number=0, ledger=Ledger(0, 1, rows, {}, {}), coverage=b"",
-        final=False, closings=[], libraries=libraries or [],
-        records=events.pack_batch(split(data)) if packed is None else packed,
+        version=RAW_VERSION, node=node, boot_id=boot_id, run=run, number=0, ledger=Ledger(0, 1, rows, {}, {}),
+        coverage=b"", final=False, closings=[], libraries=libraries or [],
+        records=events.pack_batch(split(data)) if packed is None else packed, cgroups=cgroups or {},
+        programs=programs or {},
     )  # fmt: skip

@@ -14,7 +14,7 @@ import yaml
 
 from stella_shared import events, subjects
 from stella_shared.bus import Bus
-from stella_shared.wire import LaneRow, Ledger, PartHead, RawBatch, decode_head, encode_raw, ledger_faults
+from stella_shared.wire import RAW_VERSION, LaneRow, Ledger, PartHead, RawBatch, decode_head, encode_raw, ledger_faults
 from tests.enricher.record_maker import file_open, process_exec, record
 from tests.shared.nats_kit import Server, serving
 
@@ -84,7 +84,7 @@ def pool(tmp_path: Path, server: Server) -> Iterator[Pool]:
 def raw(number: int, records: bytes, recorded: int, **more: object) -> bytes:
     """Return an encoded raw batch of one lane; `seq` runs from 100 * number."""
     fields: dict[str, object] = {
-        "version": 1, "node": "n", "boot_id": "b" * 32, "run": RUN, "number": number,
+        "version": RAW_VERSION, "node": "n", "boot_id": "b" * 32, "run": RUN, "number": number,
         "ledger": Ledger(1, 2, [LaneRow(0, 100 * number, 100 * number + recorded, recorded, 0, 0)], {}, {}),
         "coverage": b"", "final": False, "closings": [], "libraries": [], "records": records,
     }  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 import anyio
 import pytest
 
-from stella_enricher.cgroups import CgroupIndex, parse_mounts
 from stella_enricher.containers import ContainerResolver
 from stella_enricher.docker_api import DockerApi
 from stella_shared.config import Resources
@@ -32,7 +31,7 @@ def why_no_engine() -> str:
     """Return what this machine lacks for an engine of our own, or ""."""
     if os.geteuid() != 0:
         return "a Docker Engine needs root"
-    if not any(m.fstype == "cgroup2" for m in parse_mounts(Path("/proc/self/mountinfo").read_text())):
+    if not mounts("cgroup2"):
         return "no cgroup2 is mounted"
     missing = [program for program in ("dockerd", "docker", "busybox") if shutil.which(program) is None]
     if missing:
@@ -40,6 +39,12 @@ def why_no_engine() -> str:
             f"not installed: {', '.join(missing)} (apt-get install -y --no-install-recommends docker.io busybox-static)"
         )
     return ""
+
+
+def mounts(*kinds: str) -> list[Path]:
+    """Return where file systems of these types are mounted."""
+    rows = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [Path(fields.split()[4]) for fields, kind in rows if kind.split()[0] in kinds]
 
 
 class Engine:
@@ -60,23 +65,17 @@ class Engine:
         assert (0, b"") == (done.returncode, done.stderr), done.stderr.decode()
         return done.stdout.decode().strip()
 
-    def start_container(self, *options: str) -> tuple[str, int]:
-        """Start a container that sleeps; return its id and its cgroup id."""
+    def start_container(self, *options: str) -> tuple[str, tuple[int, str]]:
+        """Start a container that sleeps; return its id and its cgroup."""
         container_id = self.docker("run", "-d", "--network", "none", *options, NAME)
-        return container_id, self.cgroup_id(container_id)
+        return container_id, self.cgroup(container_id)
 
-    def cgroup_id(self, container_id: str) -> int:
-        """Return the cgroup id of a container's first process, read off the kernel."""
+    def cgroup(self, container_id: str) -> tuple[int, str]:
+        """Return cgroup id and path of a container's first process, read off the kernel."""
         pid = self.docker("inspect", "-f", "{{.State.Pid}}", container_id)
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
         path = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
-        return Path(cgroup2_point() + path).stat().st_ino
-
-
-def cgroup2_point() -> str:
-    """Return the mount point of cgroup2."""
-    mounts = parse_mounts(Path("/proc/self/mountinfo").read_text())
-    return next(m.point for m in mounts if m.fstype == "cgroup2")
+        return Path(f"{mounts('cgroup2')[0]}{path}").stat().st_ino, path
 
 
 def image_tar() -> bytes:
@@ -121,9 +120,9 @@ def engine() -> Iterator[Engine]:
     reason = why_no_engine()
     if reason:
         pytest.skip(f"containers of a real engine are not tested: {reason}")
-    control = Path(cgroup2_point(), "cgroup.subtree_control")
+    control = mounts("cgroup2")[0] / "cgroup.subtree_control"
     control_before = control.read_text()
-    parents = [Path(m.point, "docker") for m in parse_mounts(Path("/proc/self/mountinfo").read_text())]
+    parents = [point / "docker" for point in mounts("cgroup", "cgroup2")]
     ours = [parent for parent in parents if not parent.exists()]
     with (
         tempfile.TemporaryDirectory(prefix="stella-engine-") as folder,
@@ -150,26 +149,23 @@ def anyio_backend() -> str:
 
 
 @asynccontextmanager
-async def resolving(engine: Engine, *, handles: bool = True) -> AsyncIterator[ContainerResolver]:
+async def resolving(engine: Engine) -> AsyncIterator[ContainerResolver]:
     """Give a resolver that runs against the engine."""
-    index = CgroupIndex(handles=handles)
     async with DockerApi(str(engine.socket)) as docker:
-        resolver = ContainerResolver(Resources(), index, docker)
+        resolver = ContainerResolver(Resources(), docker)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(resolver.run)
             yield resolver
             tasks.cancel_scope.cancel()
-    index.close()
 
 
-@pytest.mark.parametrize("handles", [True, False])
-async def test_a_real_container_and_its_image_are_named(engine: Engine, handles: bool) -> None:
+async def test_a_real_container_and_its_image_are_named(engine: Engine) -> None:
     """The id is the engine's own, and the digest is the one that the engine gives for the image."""
-    async with resolving(engine, handles=handles) as resolver:
+    async with resolving(engine) as resolver:
         await anyio.sleep(0.1)
-        container_id, cgroup_id = engine.start_container()
-        await resolver.settle([cgroup_id], timeout_seconds=2.0)
-        found = resolver.lookup(cgroup_id)
+        container_id, cgroup = engine.start_container()
+        await resolver.settle(dict([cgroup]), timeout_seconds=2.0)
+        found = resolver.lookup(*cgroup)
         assert (f"docker://{container_id}", "", "") == (found.container_id, found.reason, found.image_reason)
         digest = engine.docker("image", "inspect", "-f", "{{.Id}}", NAME)
         assert (digest, "config", NAME) == (found.image_digest, found.image_digest_kind, found.image_name)
@@ -179,37 +175,37 @@ async def test_a_restarted_container_has_a_new_cgroup_and_the_same_name(engine: 
     """The cgroup id changes with a restart; both ids lead to the one container."""
     async with resolving(engine) as resolver:
         container_id, before = engine.start_container("--init" if shutil.which("docker-init") else "--tty")
-        await resolver.settle([before], timeout_seconds=2.0)
+        await resolver.settle(dict([before]), timeout_seconds=2.0)
         engine.docker("restart", "-t", "0", container_id)
-        after = engine.cgroup_id(container_id)
+        after = engine.cgroup(container_id)
         assert before != after
-        await resolver.settle([after], timeout_seconds=2.0)
-        assert f"docker://{container_id}" == resolver.lookup(before).container_id
-        assert resolver.lookup(before) == resolver.lookup(after)
+        await resolver.settle(dict([after]), timeout_seconds=2.0)
+        assert f"docker://{container_id}" == resolver.lookup(*before).container_id
+        assert resolver.lookup(*before) == resolver.lookup(*after)
 
 
 async def test_a_removed_container_keeps_name_and_digest(engine: Engine) -> None:
     """What was known while a container lived is still said of its last events."""
     async with resolving(engine) as resolver:
-        container_id, cgroup_id = engine.start_container()
-        await resolver.settle([cgroup_id], timeout_seconds=2.0)
-        before = resolver.lookup(cgroup_id)
+        container_id, cgroup = engine.start_container()
+        await resolver.settle(dict([cgroup]), timeout_seconds=2.0)
+        known = resolver.lookup(*cgroup)
         engine.docker("rm", "-f", container_id)
         await anyio.sleep(1.2)
-        assert before == resolver.lookup(cgroup_id)
-        assert before.image_digest
+        assert known == resolver.lookup(*cgroup)
+        assert known.image_digest
 
 
 async def test_a_cgroup_parent_of_the_users_choice_is_understood(engine: Engine) -> None:
     """Under `--cgroup-parent` the runtime is assumed from the form of the name, and the engine confirms it."""
     parent = f"zz-stella-test-{os.getpid()}-engine"
     async with resolving(engine) as resolver:
-        container_id, cgroup_id = engine.start_container("--cgroup-parent", f"/{parent}")
-        await resolver.settle([cgroup_id], timeout_seconds=2.0)
-        found = resolver.lookup(cgroup_id)
+        container_id, cgroup = engine.start_container("--cgroup-parent", f"/{parent}")
+        await resolver.settle(dict([cgroup]), timeout_seconds=2.0)
+        found = resolver.lookup(*cgroup)
         assert (f"docker://{container_id}", "assumed") == (found.container_id, found.id_basis)
         assert found.image_digest.startswith("sha256:")
         engine.docker("rm", "-f", container_id)
-    for mount in parse_mounts(Path("/proc/self/mountinfo").read_text()):
+    for point in mounts("cgroup", "cgroup2"):
         with contextlib.suppress(FileNotFoundError):
-            Path(mount.point, parent).rmdir()
+            (point / parent).rmdir()

@@ -20,7 +20,7 @@ from stella_enricher.redaction import Redactor
 from stella_shared import events
 from stella_shared.errors import BrokenPromise
 from stella_shared.patterns import PathFilter
-from stella_shared.wire import LaneRow, Ledger, RawBatch, ledger_faults
+from stella_shared.wire import FORGOTTEN_PROGRAM, LaneRow, Ledger, Program, RawBatch, ledger_faults
 from tests.enricher.record_maker import ANYTHING, COMMS, EXECS, U32, U64, batch, file_open, process_exec, record
 
 ID = "docker://" + "a1" * 32
@@ -49,10 +49,20 @@ def container_of(cgroup: int) -> Container:
     return CONTAINERS.get(cgroup) or unknown(cgroup, "not_found")
 
 
+#: By key: every kind of program there is; 0 names none.
+PROGRAMS = {
+    1: Program("", reason="kernel_thread"),
+    77: Program("/usr/bin/cat", "8:1", 12, "ab" * 20),
+    78: Program('/tmp/\\xff "x"', "0:5", 2**64 - 1, "", "no_build_id"),
+    79: Program("memfd:x", "0:1", 1, "cd" * 20, "in_no_directory"),
+}
+
+
 def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container: Container) -> bytes:
     """Return a record's line, made the obvious way."""
     nobody = isinstance(event, events.TcpState) and event.attribution == "none"
     stranger = container.container_id.startswith("unknown:")
+    program = batch.programs.get(r.program, FORGOTTEN_PROGRAM) if r.program else Program("")
     return events.encode_line(
         events.EvidenceLine(
             boot_id=batch.boot_id,
@@ -67,10 +77,14 @@ def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container:
             comm=None if nobody else events.text(r.comm),
             container_id=container.container_id or None,
             container_reason=container.reason if stranger else None,
+            exe=program.path or None,
+            exe_build_id=program.build_id or None,
+            exe_reason=program.reason or None,
             image_digest=container.image_digest or None,
             image_digest_kind=container.image_digest_kind or None,  # type: ignore[arg-type]
             image_reason=None if container.image_digest else container.image_reason or None,
             pid=None if nobody else r.tgid,
+            start_ns=None if nobody else r.start_ns or None,
             tid=None if nobody else r.tid,
             uid=None if nobody else r.uid,
         )
@@ -106,7 +120,7 @@ def of(enriched: Enriched) -> dict[str, list[bytes]]:
 
 LINES = st.tuples(
     ANYTHING, COMMS, U64, st.one_of(st.integers(1, 8), U64), st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1), U32,
-    st.integers(0, 9),
+    st.integers(0, 9), U64, st.one_of(st.sampled_from([0, 1, 77, 78, 79]), U64),
 )  # fmt: skip
 
 
@@ -114,12 +128,13 @@ def batch_of(rows: list[tuple], **more: object) -> RawBatch:
     """Return a batch of drawn records, numbered in their lanes from a drawn start."""
     numbers: Counter[int] = Counter()
     data = b""
-    for (kind, call, body), comm, ts, cgroup, tgid, tid, uid, lane in rows:
+    for (kind, call, body), comm, ts, cgroup, tgid, tid, uid, lane, start_ns, program in rows:
         data += record(
-            kind, call, body, seq=numbers[lane], lane=lane, comm=comm, ts=ts, cgroup=cgroup, tgid=tgid, tid=tid, uid=uid
-        )
+            kind, call, body, seq=numbers[lane], lane=lane, comm=comm, ts=ts, cgroup=cgroup, tgid=tgid, tid=tid,
+            uid=uid, start_ns=start_ns, program=program,
+        )  # fmt: skip
         numbers[lane] += 1
-    return batch(data, dict(numbers), **more)  # type: ignore[arg-type]
+    return batch(data, dict(numbers), programs=PROGRAMS, **more)  # type: ignore[arg-type]
 
 
 @both
@@ -169,7 +184,7 @@ def test_lines_are_canonical_and_valid(make: type[Lines], rows: list[tuple], nod
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=st.lists(st.tuples(EXECS, *[st.just(x) for x in (b"sh", 1, 1, 5, 6, 0, 1)]), min_size=1, max_size=6))
+@given(rows=st.lists(st.tuples(EXECS, *[st.just(x) for x in (b"sh", 1, 1, 5, 6, 0, 1, 9, 77)]), min_size=1, max_size=6))
 def test_both_builders_redact_alike_and_nothing_secret_is_left(rows: list[tuple]) -> None:
     """The same bytes from both; the secret is in none of them; a second batch counts its redactions again."""
     raw = batch_of(rows)
@@ -194,13 +209,13 @@ def test_a_redacted_line_says_so(make: type[Lines]) -> None:
     lines = make(ALL)
     (part,) = lines.build(raw, container_of).parts
     assert (
-        b'"event":{"argv":["mysql","-uroot","-p***","--token","***","db"],"argv_redacted":[2,4],'
-        b'"filename":"/usr/bin/mysql","ppid":1,"start_ns":0,"type":"process_exec"}' in part.body
+        b'"event":{"ancestors":[{"comm":"init","pid":1,"start_ns":2}],"argv":["mysql","-uroot","-p***","--token","***","db"],"argv_redacted":[2,4],'
+        b'"device":"0:0","filename":"/usr/bin/mysql","inode":0,"ppid":1,"type":"process_exec"}' in part.body
     )
     validator.validate(json.loads(part.body))
     assert {"rule": 2, "pattern": 0, "failure": 0} == lines.redactor.counts
     off = make(ALL, Redactor(enabled=False)).build(raw, container_of).parts[0].body
-    assert b'"-phunter2","--token","abc","db"],"argv_bytes":%d,"filename"' % len(argv) in off
+    assert b'"-phunter2","--token","abc","db"],"argv_bytes":%d,"device"' % len(argv) in off
 
 
 @both

@@ -20,13 +20,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stella_enricher.symbols import child, elf, gopclntab, notes
+from stella_enricher.symbols import child, elf, gopclntab
 from stella_enricher.symbols.capturing import Captured, Limits, capture
 from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.names import demangled
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
 from stella_enricher.symbols.table import Head, Range, Table, encode
+from stella_shared import elf_notes
 from stella_shared.symbols import REASONS, Frame, Question, is_build_id
 from tests.enricher import symbol_oracles as oracle
 
@@ -483,7 +484,7 @@ def test_a_changed_file_is_refused_or_read_and_never_more(
     file = os.memfd_create("mutant")
     try:
         os.write(file, data)
-        found = notes.build_id(lambda offset, size: os.pread(file, size, offset))
+        found = elf_notes.build_id(lambda offset, size: os.pread(file, size, offset))
         with contextlib.suppress(child.Refused, MemoryError, *elf.REFUSALS):
             Table(child.table(found, file, -1, -1, with_inlined=True))
     finally:
@@ -494,9 +495,9 @@ def test_a_changed_file_is_refused_or_read_and_never_more(
 @given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda b: b"\x7fELF\x02\x01" + b)))
 def test_any_bytes_have_a_build_id_or_none(data: bytes) -> None:
     """The reader of notes is total."""
-    found = notes.build_id(lambda offset, size: data[offset : offset + size])
+    found = elf_notes.build_id(lambda offset, size: data[offset : offset + size])
     assert found == "" or is_build_id(found)
-    assert notes.holds_code(lambda offset, size: data[offset : offset + size]) in (True, False)
+    assert elf_notes.holds_code(lambda offset, size: data[offset : offset + size]) in (True, False)
 
 
 @settings(max_examples=300, deadline=None)
@@ -678,7 +679,7 @@ def test_the_file_of_a_running_process_is_found_and_verified(tmp_path: Path) -> 
         for wanted in (build_id, oracle.build_id(LIBRARIES / "libc.so.6")):
             with Finder([]).of_process(process.pid, wanted) as file:
                 assert file >= 0
-                assert wanted == notes.build_id(lambda offset, size, f=file: os.pread(f, size, offset))
+                assert wanted == elf_notes.build_id(lambda offset, size, f=file: os.pread(f, size, offset))
         other = tmp_path / "other"
         other.mkdir()
         build(other, C_SOURCE).rename(program)
@@ -734,7 +735,7 @@ def test_the_file_of_a_process_with_another_root_is_found(tmp_path: Path, inside
         assert b"x" == process.stdout.read(1)
         program.unlink()
         with Finder([]).of_process(process.pid, build_id) as file:
-            assert build_id == notes.build_id(lambda offset, size: os.pread(file, size, offset))
+            assert build_id == elf_notes.build_id(lambda offset, size: os.pread(file, size, offset))
     finally:
         process.kill()
         process.communicate()

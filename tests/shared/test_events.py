@@ -54,7 +54,7 @@ def test_a_batch_of_any_bytes_is_records_or_a_broken_promise(
         if at < len(packed):
             packed[at] = byte
     for hostile in (data, bytes(packed[:cut])):
-        events.cgroups(hostile)
+        events.names(hostile)
         events.oldest_ns(hostile)
         try:
             found = list(events.records(hostile))
@@ -75,8 +75,21 @@ def test_a_batch_says_each_distinct_thing_once(
     for seq, (what, who) in enumerate(order):
         kind, call, body = whats[what % len(whats)]
         raw.append(
-            record(kind, call, body, seq=seq, ts=7 * seq, cgroup=who, tgid=who + 1, tid=who + 2, uid=3, lane=who)
-        )
+            record(
+                kind,
+                call,
+                body,
+                seq=seq,
+                ts=7 * seq,
+                cgroup=who,
+                start_ns=who + 3,
+                program=who + 4,
+                tgid=who + 1,
+                tid=who + 2,
+                uid=3,
+                lane=who,
+            )
+        )  # fmt: skip
     packed = events.pack_batch(raw)
     found = list(events.records(packed))
     assert [(7 * i, i, who, who + 1, who + 2, who) for i, (_, who) in enumerate(order)] == [
@@ -89,7 +102,9 @@ def test_a_batch_says_each_distinct_thing_once(
     taken_apart = events.unpack_batch(packed)
     assert len(set(taken_apart.whats)) == len(taken_apart.whats) <= len(whats)
     assert len(set(taken_apart.whos)) == len(taken_apart.whos)
-    assert {who for _, who in order} == events.cgroups(packed)
+    names = events.names(packed)
+    assert {who for _, who in order} == names.cgroups
+    assert {who + 4: (who + 1, who + 3) for _, who in order} == names.programs
     assert 0 == events.oldest_ns(packed)
 
 
@@ -98,10 +113,12 @@ def test_a_batch_says_each_distinct_thing_once(
 def test_a_record_decodes_to_what_was_packed(what: tuple[int, int, bytes], seq: int) -> None:
     """Header fields come back, and padding changes no event."""
     kind, call, body = what
-    raw = record(kind, call, body, seq=seq, lane=3, comm=b"a b", ts=9, cgroup=8, tgid=7, tid=6, uid=5)
+    raw = record(
+        kind, call, body, seq=seq, lane=3, comm=b"a b", ts=9, cgroup=8, start_ns=11, program=12, tgid=7, tid=6, uid=5
+    )
     (r,) = events.records(events.pack_batch([raw]))
-    assert (9, seq, 8, 7, 6, 5, 3, kind, call, b"a b") == (
-        r.ts_ns, r.seq, r.cgroup_id, r.tgid, r.tid, r.uid, r.lane, r.type, r.call, r.comm,
+    assert (9, seq, 8, 11, 12, 7, 6, 5, 3, kind, call, b"a b") == (
+        r.ts_ns, r.seq, r.cgroup_id, r.start_ns, r.program, r.tgid, r.tid, r.uid, r.lane, r.type, r.call, r.comm,
     )  # fmt: skip
     assert events.decode_event(kind, call, body, []) == events.decode_event(kind, call, r.body, [])
 

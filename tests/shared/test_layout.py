@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stella_collector import accounting, ring
+from stella_collector import accounting, kernel, ring
 from stella_collector.kernel import OBJECT, probes_of
 from stella_shared import events, wire
 from stella_shared.config import Probes, Signals
@@ -24,15 +24,26 @@ RING = ROOT / "services" / "collector" / "stella_collector" / "ring.c"
 
 #: Each struct of the header: the Python format that decodes it, and its fields in order.
 LAYOUTS: dict[str, tuple[str, str]] = {
-    "stella_header": (events.RECORD_HEADER.format, "ts_ns seq cgroup_id tgid tid uid lane type call size comm"),
+    "stella_header": (
+        events.RECORD_HEADER.format,
+        "ts_ns seq cgroup_id start_ns program tgid tid uid lane type call size comm",
+    ),
     "stella_file_open": (
         events.FILE_OPEN_BODY.format,
-        "result flags resolve mode dfd path_len path_status reserved lpm_prefixlen",
+        "result flags resolve inode mode dfd device path_len walked_len path_status walked walked_flags reserved "
+        "lpm_prefixlen",
     ),
     "stella_process_exec": (
-        events.PROCESS_EXEC_BODY.format,
-        "start_ns ppid argv_total filename_len interpreter_len argv_len filename_status argv_status",
+        f"{events.PROCESS_EXEC_BODY.format}{events.ANCESTORS_MAX * events.ANCESTOR.size}s",
+        "inode device argv_total filename_len interpreter_len argv_len directory_len filename_status argv_status "
+        "directory_flags ancestors_count reserved ancestors",
     ),
+    "stella_ancestor": (events.ANCESTOR.format, "start_ns pid reserved comm"),
+    "stella_program": (
+        f"{kernel.PROGRAM_HEAD.format}{kernel.WALK_ROOM}s",
+        "inode device path_at flags ready path",
+    ),
+    "stella_cgroup": (f"{kernel.CGROUP_HEAD.format}{kernel.WALK_ROOM}s", "path_at flags ready reserved path"),
     "stella_tcp_state": (
         events.TCP_STATE_BODY.format,
         "family sport dport old_state new_state saddr daddr attribution reserved",
@@ -48,9 +59,17 @@ LAYOUTS: dict[str, tuple[str, str]] = {
         "taken lost_ring_full lost_rate_limit lost_inflight filtered_target filtered_path filtered_network",
     ),
     # kernel.py packs this one into .rodata, and the next one into .bss.
-    "stella_config": ("<6IQ", "scoped path_allow path_deny network_allow network_deny reserved max_events_per_window"),
+    "stella_config": (
+        kernel.CONFIG.format,
+        "scoped path_allow path_deny network_allow network_deny kernel_paths max_events_per_window v1_hierarchy "
+        "reserved",
+    ),
     "stella_scope": ("<QQ", "cgroup_levels namespaces"),
 }
+
+
+#: Functions that programs call, and no programs.
+SHARED = {"stella_walk", "stella_walk_cgroup", "stella_program_of", "stella_know_cgroup"}
 
 
 def offsets(layout: str, names: str) -> dict[str, int]:
@@ -102,8 +121,9 @@ def test_records_are_laid_out_as_header_body_text(btf: list[dict[str, Any]]) -> 
         if t["kind"] == "STRUCT" and t["name"] in ("open_record", "exec_record", "net_record")
     }
     head = events.RECORD_HEADER.size
+    exec_size = events.PROCESS_EXEC_BODY.size + events.ANCESTORS_MAX * events.ANCESTOR.size
     assert {"h": 0, "b": head, "path": head + events.FILE_OPEN_BODY.size} == members["open_record"]
-    assert {"h": 0, "b": head, "data": head + events.PROCESS_EXEC_BODY.size} == members["exec_record"]
+    assert {"h": 0, "b": head, "data": head + exec_size} == members["exec_record"]
     assert {"h": 0, "b": head, "path": head + events.NET_CONNECT_BODY.size} == members["net_record"]
     (net,) = [t for t in btf if t["name"] == "net_record"]
     assert head + events.NET_CONNECT_BODY.size + events.NET_PATH_BYTES == net["size"]
@@ -117,7 +137,7 @@ def test_a_trie_reads_the_path_where_the_record_holds_it() -> None:
 
 def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None:
     """Every program's name begins with stella_, and the probes use exactly the programs there are."""
-    names = {t["name"] for t in btf if t["kind"] == "FUNC" and t.get("linkage") == "global"}
+    names = {t["name"] for t in btf if t["kind"] == "FUNC" and t.get("linkage") == "global"} - SHARED
     assert names
     assert all(name.startswith("stella_") for name in names), names
     wanted = {
@@ -126,7 +146,7 @@ def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None
         for probe, _ in probes_of(Signals(probes=Probes(libc_source=source)))
         for program in probe.programs()
     }
-    assert wanted == names
+    assert wanted | {"stella_mkdir"} == names
 
 
 def enum_values(name: str) -> dict[str, int]:
@@ -170,7 +190,20 @@ def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
         checks.append(f'_Static_assert(sizeof(struct {name}) == {struct.calcsize(layout)}, "{name}");')
         for field, at in offsets(layout, fields).items():
             checks.append(f'_Static_assert(offsetof(struct {name}, {field}) == {at}, "{name}.{field}");')
-    for field in ("ts_ns", "seq", "cgroup_id", "tgid", "tid", "uid", "lane", "type", "call", "size"):
+    for field in (
+        "ts_ns",
+        "seq",
+        "cgroup_id",
+        "start_ns",
+        "program",
+        "tgid",
+        "tid",
+        "uid",
+        "lane",
+        "type",
+        "call",
+        "size",
+    ):
         checks.append(
             f"_Static_assert(offsetof(struct header, {field}) == offsetof(struct stella_header, {field}) && "
             f'sizeof(((struct header *)0)->{field}) == sizeof(((struct stella_header *)0)->{field}), "ring.c {field}");'

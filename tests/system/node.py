@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import yaml
 
-from stella_collector.targets import cgroup_root
+from stella_collector.targets import hierarchies
 from stella_shared.evidence.verify import verify_chain
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ class Cgroup:
 
     def __init__(self, name: str) -> None:
         self.name = f"/stella-test-{os.getpid()}-{name}"
-        self.path = cgroup_root() / self.name.lstrip("/")
+        self.path = hierarchies()[0].root / self.name.lstrip("/")
         self.path.mkdir()
 
     def run(self, *command: str | Path, **kwargs: Any) -> subprocess.Popen[bytes]:

@@ -16,12 +16,14 @@ import anyio
 import msgspec
 
 from stella_collector.replay import Frame, Recording
-from stella_shared import subjects
+from stella_shared import clock, events, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RawBatch, decode_raw
 from tests.system.node import HERE, Node, free_port, running
 from tests.system.test_known_count import certificate
 
+#: Where PROCESS_EXEC_BODY has the number of ancestors.
+COUNT = 10
 SCENE = """
 cat /etc/hostname /etc/os-release >/dev/null
 cat /etc/shadow >/dev/null
@@ -78,8 +80,31 @@ def scene(node: Node, folder: Path) -> None:
         process.communicate(b"go\nend\n", timeout=20)
 
 
+def without_strangers(records: bytes, since_ns: int) -> bytes:
+    """Return the batch without the ancestors that are older than the scene: they are the recorder's business."""
+    out = bytearray(records)
+    at = events.BATCH_COUNTS.size + events.BATCH_COUNTS.unpack_from(records)[0] * events.WHO.size
+    for what in events.unpack_batch(records).whats:
+        if events.WHAT.unpack_from(what)[0] == events.PROCESS_EXEC:
+            body = at + events.WHAT.size
+            fields = list(events.PROCESS_EXEC_BODY.unpack_from(out, body))
+            rows = body + events.PROCESS_EXEC_BODY.size
+            old = [
+                i
+                for i in range(fields[COUNT])
+                if events.ANCESTOR.unpack_from(out, rows + i * events.ANCESTOR.size)[0] < since_ns
+            ]
+            for i in old:
+                events.ANCESTOR.pack_into(out, rows + i * events.ANCESTOR.size, 0, 0, 0, b"")
+            fields[COUNT] -= len(old)
+            events.PROCESS_EXEC_BODY.pack_into(out, body, *fields)
+        at += len(what)
+    return bytes(out)
+
+
 def main() -> None:
     """Write the recording."""
+    since_ns = clock.boottime_ns()
     with tempfile.TemporaryDirectory(prefix="demo-") as name:
         folder = Path(name) / "scene"
         folder.mkdir()
@@ -95,7 +120,17 @@ def main() -> None:
                 nats.terminate()
     batches = [b for b in batches if b.records]
     first = batches[0].ledger.end_ns
-    frames = [Frame(b.ledger.end_ns - first, b.ledger, b.libraries, b.records) for b in batches]
+    frames = [
+        Frame(
+            b.ledger.end_ns - first,
+            b.ledger,
+            b.libraries,
+            without_strangers(b.records, since_ns),
+            b.cgroups,
+            b.programs,
+        )
+        for b in batches
+    ]
     out = Path(sys.argv[1])
     out.write_bytes(msgspec.msgpack.encode(Recording(batches[0].boot_id, frames)))
     print(f"{out}: {len(frames)} batches, {sum(sum(r.recorded for r in f.ledger.lanes) for f in frames)} events")

@@ -1,6 +1,6 @@
 """The collector: kernel → batches → bus.  The only privileged process; it holds no keys.
 
-    load and attach → drain → settle numbers → encode → spool → JetStream
+    load and attach → drain → settle numbers → name → encode → spool → JetStream
                          ↑ a timer that follows the ring's filling; nothing wakes us, see bpf/stella.bpf.c
 
 Stopping is the same path once more: detach, drain until every number is settled, publish the final batch,
@@ -22,13 +22,14 @@ from stella_collector import coverage, targets
 from stella_collector.accounting import Accountant, decode_counters, join
 from stella_collector.kernel import BTF, OBJECT, Kernel, sha256_of
 from stella_collector.libbpf import Libbpf
+from stella_collector.naming import Namer
 from stella_collector.ring import Drained
 from stella_collector.runs import Runs
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, lifecycle, subjects
+from stella_shared import VERSION, clock, events, lifecycle, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
-from stella_shared.wire import WIRE_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
+from stella_shared.wire import RAW_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Collector:
         self.boot_id = clock.boot_id()
         self.spool = Spool(bus, subjects.raw(self.node), SPOOL_BYTES)
         self.accountant = Accountant(kernel.lanes)
+        self.namer = Namer(kernel.cgroup, kernel.program)
         self.closings: list[Closing] = []
         self.number = 0
         self.records = 0
@@ -128,15 +130,18 @@ class Collector:
         for cause, n in ledger.filtered.items():
             self.filtered[cause] = self.filtered.get(cause, 0) + n
 
-    def emit(self, ledger: Ledger, records: bytes, *, final: bool = False) -> None:
-        """Encode one batch and put it into the spool."""
+    async def emit(self, ledger: Ledger, records: bytes, *, final: bool = False) -> None:
+        """Name what is in one batch, encode it and put it into the spool."""
+        distinct = events.names(records)
+        await self.namer.settle(distinct)
+        cgroups, programs = self.namer.names(distinct)
         now = time.monotonic()
         due = now >= self._coverage_due
         if due:
             self._coverage_due = now + COVERAGE_SECONDS
         first = self.number == 0
         batch = RawBatch(
-            version=WIRE_VERSION,
+            version=RAW_VERSION,
             node=self.node,
             boot_id=self.boot_id,
             run=self.runs.current,
@@ -147,6 +152,8 @@ class Collector:
             closings=self.closings if first else [],
             libraries=list(self.kernel.libraries),
             records=records,
+            cgroups=cgroups,
+            programs=programs,
         )
         done = None
         if final:
@@ -171,7 +178,7 @@ class Collector:
             now = time.monotonic()
             held = self._held_back(ledger)
             if drained.count or held.lanes or now - told_at >= QUIET_BATCH_SECONDS:
-                self.emit(held, drained.records)
+                await self.emit(held, drained.records)
                 self._held = None
                 told_at = now
             else:
@@ -208,7 +215,7 @@ class Collector:
         while not final:
             final = self.kernel.ring.waiting() <= BATCH_BYTES // 2
             drained, ledger = self.drain(last=final)
-            self.emit(self._held_back(ledger), drained.records, final=final)
+            await self.emit(self._held_back(ledger), drained.records, final=final)
             self._held = None
         with anyio.move_on_after(15.0) as scope:
             await self.spool.wait_empty()
@@ -298,6 +305,7 @@ class Collector:
                 "libraries": self.kernel.libraries,
                 "counters_pinned": self.runs.pinned,
                 "counters_pin_reason": self.runs.pin_reason,
+                "names": {**self.namer.stats(), "missing": self.namer.missing},
                 "lost": self.lost,
                 "filtered": self.filtered,
                 "targets": [{"asked": t.asked, "id": t.id} for t in self._targets],

@@ -46,6 +46,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_program__attach_tracepoint": (c_void_p, (c_void_p, c_char_p, c_char_p)),
     "bpf_program__attach_uprobe_opts": (c_void_p, (c_void_p, c_int, c_char_p, c_size_t, c_void_p)),
     "bpf_link__destroy": (c_int, (c_void_p,)),
+    "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
     "bpf_map_delete_elem": (c_int, (c_int, c_void_p)),
     "bpf_prog_get_info_by_fd": (c_int, (c_int, c_void_p, c_void_p)),
@@ -267,6 +268,13 @@ class Object:
         """Put `value` under `key`."""
         if self._lib.bpf_map_update_elem(self.map_fd(name), key, value, 0):
             raise kernel_error(f"cannot write map {name}", ctypes.get_errno())
+
+    def lookup(self, name: str, key: bytes, size: int) -> bytes | None:
+        """Return the value of `size` bytes under `key`, None when there is none."""
+        value = ctypes.create_string_buffer(size)
+        if self._lib.bpf_map_lookup_elem(self.map_fd(name), key, value):
+            return None
+        return value.raw
 
     def delete(self, name: str, key: bytes) -> None:
         """Remove `key`; a key that is not there is fine."""

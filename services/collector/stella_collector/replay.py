@@ -25,7 +25,7 @@ from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
 from stella_shared.errors import NotFound, UsageError
 from stella_shared.events import EVENT, unpack_batch
-from stella_shared.wire import WIRE_VERSION, Beat, LaneRow, Ledger, RawBatch, encode_raw
+from stella_shared.wire import RAW_VERSION, Beat, LaneRow, Ledger, Program, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ CURTAIN_SECONDS: Final = 1.5
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One recorded batch: when, counted from the first, what was settled, and the ring's bytes."""
+    """One recorded batch: when, counted from the first, what was settled, the ring's bytes and names."""
 
     after_ns: int
     ledger: Ledger
     libraries: list[str]
     records: bytes
+    cgroups: dict[int, str] = {}
+    programs: dict[int, Program] = {}
 
 
 class Recording(msgspec.Struct, frozen=True, array_like=True):
@@ -100,15 +102,17 @@ async def serve(signals: Signals, path: Path) -> None:
     started = time.time()
     number = 0
     played = 0
+    taken: dict[int, int] = {}
     with lifecycle.stop_event() as stop:
         async with Bus.connect(bus_url(signals), name="collector", user=user, password=password) as bus:
             spool = Spool(bus, subjects.raw(node), SPOOL_BYTES)
 
-            def put(ledger: Ledger, libraries: list[str], records: bytes, *, final: bool = False) -> None:
+            def put(frame: Frame, *, final: bool = False) -> None:
                 nonlocal number
                 batch = RawBatch(
-                    WIRE_VERSION, node, recording.boot_id, runs.current, number, ledger,
-                    document if number == 0 else b"", final, [], libraries, records,
+                    RAW_VERSION, node, recording.boot_id, runs.current, number, shifted(frame.ledger, taken),
+                    document if number == 0 else b"", final, [], frame.libraries,
+                    renumbered(frame.records, frame.ledger, taken), frame.cgroups, frame.programs,
                 )  # fmt: skip
                 spool.put(f"{runs.current}.{number}", encode_raw(batch))
                 number += 1
@@ -130,16 +134,15 @@ async def serve(signals: Signals, path: Path) -> None:
                 tasks.start_soon(spool.run)
                 tasks.start_soon(lifecycle.beating, bus, beat, done)
                 begin = anyio.current_time() + CURTAIN_SECONDS
-                taken: dict[int, int] = {}
                 for frame in recording.frames:
                     with anyio.move_on_after(max(0.0, begin + frame.after_ns / 1e9 - anyio.current_time())):
                         await stop.wait()
                     if stop.is_set():
                         break
-                    put(shifted(frame.ledger, taken), frame.libraries, renumbered(frame.records, frame.ledger, taken))
+                    put(frame)
                     played += sum(row.recorded for row in frame.ledger.lanes)
                 await stop.wait()
-                put(shifted(Ledger(0, 0, [], {}, {}), taken), [], b"", final=True)
+                put(Frame(0, Ledger(0, 0, [], {}, {}), [], b""), final=True)
                 with anyio.move_on_after(10.0):
                     await spool.wait_empty()
                 done.set()
@@ -154,6 +157,6 @@ def renumbered(records: bytes, ledger: Ledger, taken: dict[int, int]) -> bytes:
     out = bytearray(records)
     at = len(out) - len(batch.events) * EVENT.size
     for ts, seq, who, what in batch.events:
-        EVENT.pack_into(out, at, ts, seq + offsets.get(batch.whos[who][4], 0), who, what)
+        EVENT.pack_into(out, at, ts, seq + offsets.get(batch.whos[who][-1], 0), who, what)
         at += EVENT.size
     return bytes(out)

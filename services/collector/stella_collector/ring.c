@@ -10,7 +10,7 @@
  * once and then speaks in numbers (stella_shared/events.py, "batches", has the same in Python):
  *
  *     u32 whos, u32 whats, u32 events, u32 bytes of whats
- *     whos    each: u64 cgroup_id, u32 tgid, u32 tid, u32 uid, u32 lane
+ *     whos    each: u64 cgroup_id, u64 start_ns, u64 program, u32 tgid, u32 tid, u32 uid, u32 lane
  *     whats   each: u16 type, u16 call, u32 stride, char comm[16], body, zeros up to 8 bytes
  *     events  each: u64 ts_ns, u64 seq, u32 who, u32 what
  *
@@ -39,7 +39,7 @@
 #define PROBES 16
 
 struct who {
-	uint64_t cgroup_id;
+	uint64_t cgroup_id, start_ns, program;
 	uint32_t tgid, tid, uid, lane;
 };
 
@@ -89,7 +89,7 @@ struct drained {
 
 /* The head of every record: bpf/include/stella_record.h, struct stella_header. */
 struct header {
-	uint64_t ts_ns, seq, cgroup_id;
+	uint64_t ts_ns, seq, cgroup_id, start_ns, program;
 	uint32_t tgid, tid, uid, lane;
 	uint16_t type, call;
 	uint32_t size;
@@ -241,7 +241,7 @@ void stella_ring_drain(struct ring *r, uint64_t capacity, struct lane *lanes, ui
 			}
 		}
 		struct slot *slot;
-		struct who who = { h->cgroup_id, h->tgid, h->tid, h->uid, h->lane };
+		struct who who = { h->cgroup_id, h->start_ns, h->program, h->tgid, h->tid, h->uid, h->lane };
 		uint64_t hash = hash_of(r->seed, &who, sizeof(who));
 		uint32_t who_index, what_index;
 		if (find(r, r->who_slots, hash, &slot) && !memcmp(&r->whos[slot->index], &who, sizeof(who))) {

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 _LANE: Final = struct.Struct("<4Q")
 #: Where `lane` and `size` stand among the fields of a header.
-_LANE_INDEX: Final = 6
-_SIZE: Final = 9
+_LANE_INDEX: Final = 8
+_SIZE: Final = 11
 #: No record is larger: the largest, an exec's, has room for two names and two times argv behind its header.
 RECORD_MAX_BYTES: Final = 8192
 

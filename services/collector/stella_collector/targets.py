@@ -18,6 +18,8 @@ from stella_shared.errors import ConfigError, NotFound
 
 #: Deeper cgroups than this cannot be targets (MAX_CGROUP_DEPTH of the programs).
 MAX_LEVEL: Final = 11
+#: STELLA_CGROUP_V1: ids of the cgroup v1 hierarchy have it added, for their numbers may be those of a v2 cgroup.
+CGROUP_V1: Final = 1 << 62
 _CONTAINER_ID = re.compile(r"^(?:[a-z-]+://)?([0-9a-f]{12,64})$")
 _NAMESPACE = re.compile(r"^(pid|mnt|net):\[(\d+)\]$")
 
@@ -36,14 +38,37 @@ def any_wanted(signals: Signals) -> bool:
     return bool(f.target_cgroups or f.target_containers or f.target_namespaces)
 
 
-def cgroup_root() -> Path:
-    """Return where the cgroup v2 hierarchy is mounted, by type, for it has more than one usual place."""
+class Hierarchy(msgspec.Struct, frozen=True):
+    """A mounted cgroup hierarchy; `flag` is added to its inode numbers to make ids (STELLA_CGROUP_V1)."""
+
+    root: Path
+    flag: int
+
+
+def hierarchies() -> list[Hierarchy]:
+    """Return cgroup v2 and, where the pids controller is still a v1 one, that; by type, for places differ."""
+    found: list[Hierarchy] = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
         for line in f:
             fields, _, rest = line.partition(" - ")
-            if rest.startswith("cgroup2 "):
-                return Path(fields.split()[4])
-    raise NotFound("no cgroup v2 hierarchy is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
+            kind, _, options = rest.strip().split(" ", 2)
+            if kind == "cgroup2" and not any(h.flag == 0 for h in found):
+                found.insert(0, Hierarchy(Path(fields.split()[4]), 0))
+            elif kind == "cgroup" and "pids" in options.split(" ")[-1].split(","):
+                found.append(Hierarchy(Path(fields.split()[4]), CGROUP_V1))
+    if not found:
+        raise NotFound("no cgroup hierarchy is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
+    return found
+
+
+def v1_hierarchy() -> int:
+    """Return the kernel's number of the cgroup v1 hierarchy of the pids controller, 0 when there is none."""
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as f:
+        for line in f:
+            number, controllers, _ = line.split(":", 2)
+            if "pids" in controllers.split(","):
+                return int(number)
+    return 0
 
 
 def resolve(signals: Signals) -> list[Target]:
@@ -52,24 +77,18 @@ def resolve(signals: Signals) -> list[Target]:
     if not any_wanted(signals):
         return []
     found: list[Target] = []
-    root = cgroup_root() if filters.target_cgroups or filters.target_containers else Path()
+    mounted = hierarchies() if filters.target_cgroups or filters.target_containers else []
     for asked in filters.target_cgroups:
-        path = (root / asked.removeprefix(str(root)).lstrip("/")).resolve()
-        level = len(path.relative_to(root).parts) if path.is_relative_to(root) else MAX_LEVEL + 1
-        if level > MAX_LEVEL:
-            raise ConfigError(f"signals.filters.target_cgroups: {asked} is not within {MAX_LEVEL} levels of {root}")
-        try:
-            found.append(Target(asked, path.stat().st_ino, level))
-        except OSError:
-            found.append(Target(asked, 0, level))
+        found += [next((t for h in mounted if (t := _cgroup(asked, h)).id), _cgroup(asked, mounted[0]))]
     if filters.target_containers:
         wanted = {asked: container_id(asked) for asked in filters.target_containers}
         hits = dict.fromkeys(wanted, False)
-        for path, level in _walk(root):
-            for asked, prefix in wanted.items():
-                if re.search(rf"(?:^|[-/]){prefix}", path.name):
-                    found.append(Target(asked, path.stat().st_ino, level))
-                    hits[asked] = True
+        for hierarchy in mounted:
+            for path, level in _walk(hierarchy.root):
+                for asked, prefix in wanted.items():
+                    if re.search(rf"(?:^|[-/]){prefix}", path.name) and (number := _inode(path)):
+                        found.append(Target(asked, number | hierarchy.flag, level))
+                        hits[asked] = True
         found += [Target(asked, 0, 0) for asked, hit in hits.items() if not hit]
     for asked in filters.target_namespaces:
         match = _NAMESPACE.match(asked)
@@ -80,6 +99,29 @@ def resolve(signals: Signals) -> list[Target]:
             )
         found.append(Target(asked, int(match[2]), -1))
     return found
+
+
+def _cgroup(asked: str, hierarchy: Hierarchy) -> Target:
+    root = hierarchy.root
+    path = (root / asked.removeprefix(str(root)).lstrip("/")).resolve()
+    level = len(path.relative_to(root).parts) if path.is_relative_to(root) else MAX_LEVEL + 1
+    if level > MAX_LEVEL:
+        raise ConfigError(f"signals.filters.target_cgroups: {asked} is not within {MAX_LEVEL} levels of {root}")
+    number = _inode(path)
+    return Target(asked, number | hierarchy.flag if number else 0, level)
+
+
+def _inode(path: Path) -> int:
+    """Return the inode number of a cgroup's directory, 0 when it is not there."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
+def name_key(asked: str) -> bytes:
+    """Return the key by which the kernel knows a target container when its cgroup is made: 12 digits of its id."""
+    return container_id(asked)[:12].encode() + bytes(4)
 
 
 def container_id(asked: str) -> str:
@@ -112,16 +154,17 @@ def processes(ids: Iterable[int]) -> list[int]:
         return []
     pids: set[int] = set()
 
-    def gather(path: Path, inside: bool) -> None:
+    def gather(path: Path, flag: int, inside: bool) -> None:
         try:
-            inside = inside or path.stat().st_ino in wanted
+            inside = inside or path.stat().st_ino | flag in wanted
             if inside:
                 pids.update(int(line) for line in (path / "cgroup.procs").read_text().split())
             for entry in os.scandir(path):
                 if entry.is_dir(follow_symlinks=False):
-                    gather(Path(entry.path), inside)
+                    gather(Path(entry.path), flag, inside)
         except OSError:
             return  # removed while we looked
 
-    gather(cgroup_root(), False)
+    for hierarchy in hierarchies():
+        gather(hierarchy.root, hierarchy.flag, False)
     return sorted(pids)

@@ -21,8 +21,7 @@ from typing import Final
 import anyio
 import msgspec
 
-from stella_enricher.cgroups import CgroupIndex
-from stella_enricher.containers import Container, ContainerResolver, unknown
+from stella_enricher.containers import Container, ContainerResolver, elsewhere
 from stella_enricher.docker_api import DockerApi
 from stella_enricher.frames import FrameNamer
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
@@ -36,7 +35,7 @@ from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
 from stella_shared.patterns import PathFilter
-from stella_shared.wire import WIRE_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
+from stella_shared.wire import HEAD_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +80,11 @@ class Enricher:
         self.held_back = False
 
     def _container(self, batch: RawBatch, cgroup: int) -> Container:
-        # Cgroup ids are this kernel's; another node's mean nothing here.
+        path = batch.cgroups.get(cgroup)
+        # Cgroup ids are this kernel's; what another node's mean, only its batch says.
         if batch.node != self.node or batch.boot_id != self.boot_id:
-            return unknown(cgroup, "other_node")
-        return self.resolver.lookup(cgroup)
+            return elsewhere(cgroup, path)
+        return self.resolver.lookup(cgroup, path)
 
     async def enrich(self, data: bytes) -> tuple[RawBatch, Enriched]:
         """Return what a raw batch becomes.  A batch that cannot be used is lost by name, never silently."""
@@ -93,7 +93,7 @@ class Enricher:
         try:
             here = batch.node == self.node and batch.boot_id == self.boot_id
             if batch.records and here:
-                await self.resolver.settle(events.cgroups(batch.records))
+                await self.resolver.settle(batch.cgroups)
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
             if await self.frames.settle(batch.records if here else b""):
                 enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
@@ -125,7 +125,7 @@ class Enricher:
         now = clock.boottime_ns()
         for index, part in enumerate(parts):
             head = PartHead(
-                version=WIRE_VERSION,
+                version=HEAD_VERSION,
                 node=batch.node,
                 boot_id=batch.boot_id,
                 run=batch.run,
@@ -298,9 +298,7 @@ async def serve(signals: Signals, instance: str) -> None:
     """Run an enricher until it is told to stop."""
     instance = instance or f"{node_name(signals)}-{os.getpid()}"
     user, password = bus_user(signals, "enricher")
-    index = CgroupIndex()
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(index.close)
         stop = stack.enter_context(lifecycle.stop_event())
         docker = None
         if signals.runtimes.docker_socket:
@@ -318,7 +316,7 @@ async def serve(signals: Signals, instance: str) -> None:
             )
         )
         frames = stack.enter_context(FrameNamer(_symbols(signals)))
-        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, index, docker), frames)
+        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, docker), frames)
         done = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(enricher.resolver.run)

@@ -1,9 +1,11 @@
-"""cgroup id → container and image.  `lookup` answers at once, from memory; the rest happens beside it.
+"""Cgroup path → container and image.  `lookup` answers at once, from memory; the rest happens beside it.
 
-    lookup ──miss──▶ CgroupIndex (path) ──▶ container_name (runtime, id) ──▶ cache
-                                                     │
-    run():  once a second walk ahead, forget, retry  ├──▶ queue ──▶ DockerApi (image) ──▶ cache
-    settle(): wait ≤ 20 ms for the images of a batch ┘
+    lookup ──miss──▶ container_name of the path (runtime, id) ──▶ cache
+                                              │
+    run():  once a second forget, ask again   ├──▶ queue ──▶ DockerApi (image) ──▶ cache
+    settle(): wait ≤ 20 ms for images         ┘
+
+The path comes with the batch: the kernel wrote it down with the event, so it is there when the container is gone.
 
 The cache is two dicts: an entry that is used moves to the young one, and what is still in the old one when
 they change places is forgotten.  Nothing here is saved: a fresh process finds it all out again.
@@ -13,14 +15,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import anyio
-import anyio.to_thread
 import msgspec
 
-from stella_enricher.cgroups import ROOT_ID, CgroupIndex
 from stella_enricher.container_names import ContainerName, container_name, is_users_own, why_not_host
 from stella_enricher.docker_api import DockerApi, Image
 from stella_shared.config import Resources
@@ -33,7 +33,6 @@ _MOST_ENTRIES: Final = 65536
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _CALLS_AT_ONCE: Final = 4
-_PREFETCH_PER_TICK: Final = 1024
 #: The runtime has spoken: these reasons are not asked about again.
 _FINAL_IMAGE_REASONS: Final = frozenset({"", "container_not_found", "not_a_container_id"})
 
@@ -60,6 +59,23 @@ class Container(msgspec.Struct, frozen=True):
 HOST: Final = Container("", "host")
 
 
+def named(cgroup_id: int, path: str | None) -> tuple[Container, ContainerName | None]:
+    """Return what the path of a cgroup says by itself: the container without its image, and its name if it has one."""
+    if path is None:
+        return (unknown(cgroup_id, "cgroup_not_named") if cgroup_id else unknown(0, "no_cgroup")), None
+    name = container_name(path)
+    if name is not None:
+        return Container(str(name), id_basis=name.basis), name
+    reason = why_not_host(path)
+    return (unknown(cgroup_id, reason) if reason else HOST), None
+
+
+def elsewhere(cgroup_id: int, path: str | None) -> Container:
+    """Return the container of another node's cgroup: its runtime is not ours to ask."""
+    container, name = named(cgroup_id, path)
+    return container if name is None else _with(container, Image(reason="other_node"))
+
+
 def unknown(cgroup_id: int, reason: str) -> Container:
     """Return the container of a cgroup about which nothing can be said, and why."""
     return Container(f"unknown:{cgroup_id}", reason)
@@ -78,21 +94,19 @@ class _Question:
 
 
 class ContainerResolver:
-    """Names the containers of this node.  `run` must be running for images, prefetch and expiry to happen.
+    """Names the containers of this node.  `run` must be running for images and expiry to happen.
 
     A cgroup id means something on the node and in the boot it came from only: for batches of another
-    node or boot use `unknown(cgroup_id, "other_node")`.
+    node or boot use `elsewhere`.
     """
 
     def __init__(
         self,
         resources: Resources,
-        index: CgroupIndex,
         docker: DockerApi | None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._index = index
         self._docker = docker
         self._clock = clock
         self._half_life_seconds = resources.container_cache_ttl_seconds / 2
@@ -108,12 +122,11 @@ class ContainerResolver:
         self._bell = anyio.Event()
         self._answered = anyio.Event()
         self._docker_is_slow = False
-        self._doubtful = index.hides_containers
         self._hits = self._misses = 0
         self._unknown: dict[str, int] = {}
 
-    def lookup(self, cgroup_id: int) -> Container:
-        """Return the container of `cgroup_id`.  Never blocks, never raises; one dict access when known."""
+    def lookup(self, cgroup_id: int, path: str | None) -> Container:
+        """Return the container of a cgroup.  Never blocks, never raises; one dict access when known."""
         container = self._young.get(cgroup_id)
         if container is not None:
             self._hits += 1
@@ -125,21 +138,21 @@ class ContainerResolver:
             self._hits += 1
         else:
             self._misses += 1
-            container, is_final = self._resolve(cgroup_id)
+            container = self._resolve(cgroup_id, path)
             if container.container_id.startswith("unknown:"):
                 self._unknown[container.reason] = self._unknown.get(container.reason, 0) + 1
-            if not is_final:
-                return container
+            if path is None:
+                return container  # A later batch may know it.
         self._young[cgroup_id] = container
         return container
 
-    async def settle(self, cgroup_ids: Iterable[int], timeout_seconds: float = 0.02) -> None:
+    async def settle(self, cgroups: Mapping[int, str], timeout_seconds: float = 0.02) -> None:
         """Wait until the images of these cgroups are known, `timeout_seconds` at the most.
 
         Once it has waited in vain it waits no more until the runtime answers again: a hanging socket
         costs one such wait, not one per batch.
         """
-        containers = [self.lookup(cgroup_id) for cgroup_id in cgroup_ids]
+        containers = [self.lookup(cgroup_id, path) for cgroup_id, path in cgroups.items()]
         awaited = {_hex_of(c) for c in containers if c.image_reason == "pending"}
         if not awaited or self._docker_is_slow or self._docker is None or not self._docker.well:
             return
@@ -149,14 +162,12 @@ class ContainerResolver:
         self._docker_is_slow = scope.cancelled_caught
 
     async def run(self) -> None:
-        """Work beside the lookups until cancelled: walk ahead, forget, ask for images, ask again."""
+        """Work beside the lookups until cancelled: forget, ask for images, ask again."""
         async with anyio.create_task_group() as tasks:
             for _ in range(_CALLS_AT_ONCE):
                 tasks.start_soon(self._fetch_images)
             while True:
-                # The walk goes beside the loop: on a node with thousands of cgroups it takes tens of ms.
-                survey = await anyio.to_thread.run_sync(self._index.survey)
-                self._tick([] if survey is None else self._index.absorb(survey))
+                self._tick()
                 await anyio.sleep(_TICK_SECONDS)
 
     def stats(self) -> dict[str, int]:
@@ -164,7 +175,7 @@ class ContainerResolver:
 
         `hits` and `misses` count lookups, `unknown{reason=…}` the misses that found nothing, `entries`
         cgroups remembered, `images` and `images_missing` containers with and without a runtime's answer;
-        the rest is `CgroupIndex.stats` and `DockerApi.stats`.
+        the rest is `DockerApi.stats`.
         """
         return {
             "hits": self._hits,
@@ -174,25 +185,14 @@ class ContainerResolver:
             "images": len(self._images),
             "images_missing": len(self._questions),
             **{f"unknown{{reason={reason}}}": n for reason, n in self._unknown.items()},
-            **self._index.stats(),
             **(self._docker.stats() if self._docker is not None else {}),
         }
 
-    def _resolve(self, cgroup_id: int) -> tuple[Container, bool]:
-        """Return the container, and whether asking again would say the same."""
-        found = self._index.find(cgroup_id)
-        if found.reason:
-            return unknown(cgroup_id, found.reason), found.final
-        name = container_name(found.path)
-        if name is not None:
-            return self._with_image(cgroup_id, name, is_users_own(found.path)), True
-        reason = why_not_host(found.path)
-        if not reason and not self._index.whole and cgroup_id != ROOT_ID:
-            # What looks like the top from here may be our own container.
-            reason = "private_cgroup_namespace"
-        if not reason and self._index.hides_containers:
-            reason = "containers_only_in_cgroup1"
-        return (unknown(cgroup_id, reason) if reason else HOST), True
+    def _resolve(self, cgroup_id: int, path: str | None) -> Container:
+        container, name = named(cgroup_id, path)
+        if name is None or path is None:
+            return container
+        return self._with_image(cgroup_id, name, is_users_own(path))
 
     def _with_image(self, cgroup_id: int, name: ContainerName, rootless: bool) -> Container:
         container = Container(str(name), id_basis=name.basis)
@@ -248,14 +248,7 @@ class ContainerResolver:
         self._answered.set()
         self._answered = anyio.Event()
 
-    def _tick(self, new: list[int]) -> None:
-        if self._index.hides_containers != self._doubtful:
-            # What was called the host may not be it, or may be it after all.
-            self._doubtful = self._index.hides_containers
-            self._young.clear()
-            self._old.clear()
-        for cgroup_id in new[:_PREFETCH_PER_TICK]:
-            self.lookup(cgroup_id)
+    def _tick(self) -> None:
         now = self._clock()
         if now >= self._rotate_at:
             self._rotate()

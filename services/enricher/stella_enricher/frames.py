@@ -159,7 +159,7 @@ def _pids(records: bytes, build_ids: list[str]) -> dict[str, list[int]]:
     for _, _, who, what_index in batch.events:
         for build_id in holders.get(what_index, ()):
             pids = out.setdefault(build_id, [])
-            pid = batch.whos[who][1]
+            pid = batch.whos[who][3]
             if pid not in pids and len(pids) < PIDS_MAX:
                 pids.append(pid)
     return out

@@ -3,7 +3,7 @@
  * The inner loop of lines.py: puts evidence lines together from parts that are already text.
  *
  * Distinct things are rendered once, in Python, and kept here: an event by its *what* (thread name and body of
- * the record), a cgroup's fields by its id. A batch says each distinct thing once (stella_shared/events.py,
+ * the record), the fields of a place by cgroup and program. A batch says each distinct thing once (stella_shared/events.py,
  * "batches"), so the look-ups are per distinct thing too, and the loop over the events only copies parts and
  * writes numbers in between. Where something is not known yet it stops and says so; Python adds it and calls
  * again.
@@ -22,7 +22,7 @@
 enum { DONE = 0, NEED_EVENT = 1, NEED_PLACE = 2, MALFORMED = -1, NO_MEMORY = -2 };
 
 struct who {
-	uint64_t cgroup_id;
+	uint64_t cgroup_id, start_ns, program;
 	uint32_t tgid, tid, uid, lane;
 };
 
@@ -51,10 +51,10 @@ struct event {
 	struct text comm, event, source;
 };
 
-struct place {
-	uint64_t cgroup_id;
+struct place { /* what is the same for one program in one cgroup */
+	uint64_t cgroup_id, program;
 	uint8_t used;
-	struct text before, between, after;
+	struct text before, between, after, late;
 };
 
 struct out {
@@ -125,6 +125,7 @@ static void forget_places(struct lines *l)
 		drop(&l->places[i].before);
 		drop(&l->places[i].between);
 		drop(&l->places[i].after);
+		drop(&l->places[i].late);
 		l->places[i].used = 0;
 	}
 	l->places_used = 0;
@@ -208,12 +209,12 @@ static struct event *slot_of(const struct lines *l, uint64_t hash, const uint8_t
 	return NULL;
 }
 
-static struct place *find_place(const struct lines *l, uint64_t cgroup_id)
+static struct place *find_place(const struct lines *l, uint64_t cgroup_id, uint64_t program)
 {
-	uint64_t hash = (cgroup_id ^ l->seed) * 0x9e3779b97f4a7c15ull;
+	uint64_t hash = ((cgroup_id ^ l->seed) * 0x9e3779b97f4a7c15ull ^ program) * 0x9e3779b97f4a7c15ull;
 	for (uint32_t i = 0; i <= l->places_mask; i++) {
 		struct place *p = &l->places[((hash >> 32) + i) & l->places_mask];
-		if (!p->used || p->cgroup_id == cgroup_id)
+		if (!p->used || (p->cgroup_id == cgroup_id && p->program == program))
 			return p;
 	}
 	return NULL;
@@ -241,16 +242,18 @@ int stella_lines_add_event(struct lines *l, const uint8_t *key, uint32_t key_len
 	return DONE;
 }
 
-int stella_lines_add_place(struct lines *l, uint64_t cgroup_id, const char *before, uint32_t before_length,
-			   const char *between, uint32_t between_length, const char *after, uint32_t after_length)
+/* `texts` are before, between, after and late, `lengths` theirs. */
+int stella_lines_add_place(struct lines *l, uint64_t cgroup_id, uint64_t program, const char *const *texts,
+			   const uint32_t *lengths)
 {
-	struct place *p = find_place(l, cgroup_id);
+	struct place *p = find_place(l, cgroup_id, program);
 	if (!p || p->used)
 		return MALFORMED;
-	if (copy(&p->before, before, before_length) || copy(&p->between, between, between_length) ||
-	    copy(&p->after, after, after_length))
+	if (copy(&p->before, texts[0], lengths[0]) || copy(&p->between, texts[1], lengths[1]) ||
+	    copy(&p->after, texts[2], lengths[2]) || copy(&p->late, texts[3], lengths[3]))
 		return NO_MEMORY;
 	p->cgroup_id = cgroup_id;
+	p->program = program;
 	p->used = 1;
 	l->places_used++;
 	return DONE;
@@ -333,7 +336,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		*missing = i;
 		if (whos[i].lane >= l->lanes)
 			return MALFORMED;
-		const struct place *p = find_place(l, whos[i].cgroup_id);
+		const struct place *p = find_place(l, whos[i].cgroup_id, whos[i].program);
 		if (!p || !p->used)
 			return NEED_PLACE;
 		l->whos[i] = p;
@@ -354,7 +357,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		}
 		struct out *out = &l->out[e->type];
 		if (reserve(out, (uint64_t)place->before.length + place->between.length + place->after.length +
-					 e->comm.length + e->event.length + e->source.length + l->node.length +
+					 place->late.length + e->comm.length + e->event.length + e->source.length + l->node.length +
 					 l->run.length + NUMBERS))
 			return NO_MEMORY;
 		char *o = out->at + out->length;
@@ -368,11 +371,15 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		o = put(PUT(o, ","), &l->node);
 		if (!e->anonymous)
 			o = PUT(put_number(PUT(o, "\"pid\":"), who->tgid), ",");
+		o = put(o, &place->late);
 		o = put(o, &l->run);
 		o = put_number(PUT(o, "\"seq\":"), n->seq);
 		o = put(PUT(o, ","), &e->source);
-		if (!e->anonymous)
+		if (!e->anonymous) {
+			if (who->start_ns)
+				o = PUT(put_number(PUT(o, "\"start_ns\":"), who->start_ns), ",");
 			o = PUT(put_number(PUT(o, "\"tid\":"), who->tid), ",");
+		}
 		o = put_number(PUT(o, "\"ts_ns\":"), n->ts_ns);
 		if (!e->anonymous)
 			o = put_number(PUT(o, ",\"uid\":"), who->uid);

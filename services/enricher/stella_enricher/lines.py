@@ -2,7 +2,8 @@
 
 Most events repeat: the same program opens the same file from the same container.  So the costly parts of a
 line are rendered once for each distinct thing and kept: the event with its thread name by its own bytes (a
-batch's *what*), the container's fields by cgroup id.  What is left for each event is copying and some numbers.
+batch's *what*), container and program by cgroup id and program key.  What is left for each event is copying and
+some numbers.
 
 `CLines` does that part in C (`lines.c`, some 0.2 µs an event); `PythonLines` is the same in Python, six times
 dearer, for an install without a compiler.  Both pass the same tests, which hold them to the slow and obvious
@@ -43,7 +44,7 @@ from stella_shared.events import (
     unpack_batch,
 )
 from stella_shared.patterns import PathFilter
-from stella_shared.wire import LANE_KINDS, LaneRow, Ledger, RawBatch
+from stella_shared.wire import FORGOTTEN_PROGRAM, LANE_KINDS, PROGRAM_NONE, LaneRow, Ledger, RawBatch
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ class _Fragment(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Place(msgspec.Struct, frozen=True, gc=False):
-    """What is the same in every line of one cgroup."""
+    """What is the same in every line of one program in one cgroup: texts, in the order in which they stand."""
 
     before: str
     between: str
     after: str
+    late: str = ""
 
 
 class Lines(ABC):
@@ -149,20 +151,31 @@ class Lines(ABC):
         return msgspec.structs.replace(event, argv=redacted.argv, argv_redacted=redacted.changed, argv_bytes=None)
 
 
-def _place(boot_id: str, cgroup: int, container: Container) -> _Place:
+def _place(batch: RawBatch, cgroup: int, program: int, container: Container) -> _Place:
     between = ""
-    after = ""
+    after = _program(batch, program)
     if container.container_id:
         between = f'"container_id":{_text(container.container_id)},'
         if container.container_id.startswith("unknown:"):
             between += f'"container_reason":{_text(container.reason)},'
         if container.image_digest:
-            after = f'"image_digest":{_text(container.image_digest)},'
+            after += f'"image_digest":{_text(container.image_digest)},'
             if container.image_digest_kind:
                 after += f'"image_digest_kind":{_text(container.image_digest_kind)},'
         elif container.image_reason:
-            after = f'"image_reason":{_text(container.image_reason)},'
-    return _Place(f'{{"boot_id":{_text(boot_id)},"cgroup_id":{cgroup},', between, after)
+            after += f'"image_reason":{_text(container.image_reason)},'
+    return _Place(f'{{"boot_id":{_text(batch.boot_id)},"cgroup_id":{cgroup},', between, after)
+
+
+def _program(batch: RawBatch, key: int) -> str:
+    """Render what is known of a program, nothing where no process is named."""
+    if key == PROGRAM_NONE:
+        return ""
+    program = batch.programs.get(key, FORGOTTEN_PROGRAM)
+    exe = f'"exe":{_text(program.path)},' if program.path else ""
+    build_id = f'"exe_build_id":{_text(program.build_id)},' if program.build_id else ""
+    reason = f'"exe_reason":{_text(program.reason)},' if program.reason else ""
+    return exe + build_id + reason
 
 
 def _text(value: str) -> str:
@@ -210,27 +223,29 @@ class PythonLines(Lines):
         filtered: dict[int, int] = {}
         taken_apart = unpack_batch(batch.records)
         whats = [self._known(batch, what) for what in taken_apart.whats]
-        places: dict[int, _Place] = {}
-        for cgroup, *_, lane in taken_apart.whos:
+        places: dict[tuple[int, int], _Place] = {}
+        for cgroup, _, program, *_, lane in taken_apart.whos:
             if lane >= LANES_MAX:
                 raise BrokenPromise(f"a batch of lane {lane}")
-            if cgroup not in places:
-                places[cgroup] = _place(batch.boot_id, cgroup, container_of(cgroup))
+            if (cgroup, program) not in places:
+                places[cgroup, program] = _place(batch, cgroup, program, container_of(cgroup))
         node = f'"node":{_text(batch.node)},'
         run = f'"run":{_text(batch.run)},'
         for ts, seq, who, what in taken_apart.events:
             fragment = whats[what]
-            cgroup, tgid, tid, uid, lane = taken_apart.whos[who]
+            cgroup, start_ns, program, tgid, tid, uid, lane = taken_apart.whos[who]
             counted[lane] = counted.get(lane, 0) + 1
             if not fragment.type:
                 filtered[lane] = filtered.get(lane, 0) + 1
                 continue
-            place = places[cgroup]
+            place = places[cgroup, program]
             comm, pid, thread, user = fragment.comm, f'"pid":{tgid},', f'"tid":{tid},', f',"uid":{uid}'
+            if start_ns:
+                thread = f'"start_ns":{start_ns},{thread}'
             if fragment.anonymous:
                 comm = pid = thread = user = ""
             out.setdefault(fragment.type, []).append(
-                f'{place.before}{comm}{place.between}{fragment.event}{place.after}"lane":{lane},{node}{pid}{run}'
+                f'{place.before}{comm}{place.between}{fragment.event}{place.after}"lane":{lane},{node}{pid}{place.late}{run}'
                 f'"seq":{seq},{fragment.source}{thread}"ts_ns":{ts}{user}}}\n'
             )
         parts = [Part(TYPE_NAMES[kind], len(out[kind]), "".join(out[kind]).encode()) for kind in sorted(out)]
@@ -257,7 +272,7 @@ class CLines(Lines):
         )  # fmt: skip
         lib.stella_lines_add_place.restype = c_int
         lib.stella_lines_add_place.argtypes = (
-            c_void_p, c_uint64, c_char_p, c_uint32, c_char_p, c_uint32, c_char_p, c_uint32,
+            c_void_p, c_uint64, c_uint64, POINTER(c_char_p), POINTER(c_uint32),
         )  # fmt: skip
         lib.stella_lines_output.restype = c_void_p
         lib.stella_lines_output.argtypes = (c_void_p, c_uint32, POINTER(c_uint64), POINTER(c_uint64))
@@ -298,11 +313,11 @@ class CLines(Lines):
                     comm, len(comm), event, len(event), source, len(source),
                 )  # fmt: skip
             elif answer == _NEED_PLACE:
-                cgroup = WHO.unpack_from(data, BATCH_COUNTS.size + at * WHO.size)[0]
-                place = _place(batch.boot_id, cgroup, container_of(cgroup))
-                before, between, after = place.before.encode(), place.between.encode(), place.after.encode()
+                cgroup, _, program, *_ = WHO.unpack_from(data, BATCH_COUNTS.size + at * WHO.size)
+                place = _place(batch, cgroup, program, container_of(cgroup))
+                texts = [text.encode() for text in (place.before, place.between, place.after, place.late)]
                 answer = lib.stella_lines_add_place(
-                    table, cgroup, before, len(before), between, len(between), after, len(after)
+                    table, cgroup, program, (c_char_p * 4)(*texts), (c_uint32 * 4)(*map(len, texts))
                 )
             if answer == _NO_MEMORY:
                 raise MemoryError("no memory for a batch")

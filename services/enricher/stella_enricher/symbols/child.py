@@ -23,10 +23,11 @@ from functools import partial
 from importlib.metadata import version
 from typing import Final
 
-from stella_enricher.symbols import elf, inlines, notes
+from stella_enricher.symbols import elf, inlines
 from stella_enricher.symbols.elf import Elf, Symbol
 from stella_enricher.symbols.names import demangled
 from stella_enricher.symbols.table import VERSION, Head, encode
+from stella_shared import elf_notes
 
 SYMBOLIZER: Final = " ".join(
     [f"stella-symbols/{VERSION}", *(f"{name}/{version(name)}" for name in ("pycxxfilt", "pyelftools", "symbolic"))]
@@ -86,7 +87,7 @@ def table(build_id: str, file: int, debug: int, crc: int, *, with_inlined: bool)
     """Return the table of an open file and its open debug file (-1: none).  Raises `Refused`."""
     for descriptor in (file, debug):
         if descriptor >= 0:
-            found = notes.build_id(partial(_read, descriptor))
+            found = elf_notes.build_id(partial(_read, descriptor))
             if found != build_id and (descriptor == file or found):
                 raise Refused("build_id_mismatch")
     if debug >= 0 and crc >= 0 and _crc(debug) != crc:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from stella_enricher.symbols import notes
+from stella_shared import elf_notes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_OPENAT2: Final = 437
@@ -77,7 +77,7 @@ class Finder:
         try:
             for path in self._scan_for(build_id):
                 descriptor = self._open_if(build_id, partial(_open_here, path))
-                if descriptor >= 0 and notes.holds_code(_reader(descriptor)):
+                if descriptor >= 0 and elf_notes.holds_code(_reader(descriptor)):
                     break
                 if descriptor >= 0:
                     os.close(descriptor)
@@ -149,7 +149,7 @@ class Finder:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             try:
-                found = notes.build_id(_reader(descriptor))
+                found = elf_notes.build_id(_reader(descriptor))
             except OSError:
                 return ""
             self._known[key] = found
