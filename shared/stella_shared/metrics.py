@@ -35,6 +35,7 @@ LINES_TOTAL: Final = "stellaops_signals_lines_total"
 SPOOL_BYTES: Final = "stellaops_signals_spool_bytes"
 PUBLISH_RETRIES_TOTAL: Final = "stellaops_signals_publish_retries_total"
 CONTAINERS_UNKNOWN_TOTAL: Final = "stellaops_signals_containers_unknown_total"
+NAMES_MISSING_TOTAL: Final = "stellaops_signals_names_missing_total"
 REDACTIONS_TOTAL: Final = "stellaops_signals_redactions_total"
 SIGN_LAG_BATCHES: Final = "stellaops_signals_sign_lag_batches"
 SERVICE_UP: Final = "stellaops_signals_service_up"
@@ -203,6 +204,14 @@ _METRICS: Final = (
         "events",
         "Events in a container that could not be named, by reason.",
         ("enricher",),
+        ("reason",),
+    ),
+    Metric(
+        NAMES_MISSING_TOTAL,
+        "counter",
+        "names",
+        "Cgroups and programs of a batch about which something is not known, by reason.",
+        ("collector",),
         ("reason",),
     ),
     Metric(

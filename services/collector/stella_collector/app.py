@@ -26,7 +26,7 @@ from stella_collector.naming import Namer
 from stella_collector.ring import Drained
 from stella_collector.runs import Runs
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, events, lifecycle, subjects
+from stella_shared import VERSION, clock, events, lifecycle, metrics, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
 from stella_shared.wire import RAW_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
@@ -272,6 +272,7 @@ class Collector:
         attached = {
             f"stellaops_signals_probe_attached{{probe={s.name}}}": float(s.attached) for s in self.kernel.states
         }
+        unnamed = {metrics.key(metrics.NAMES_MISSING_TOTAL, reason=r): float(n) for r, n in self.namer.missing.items()}
         return Beat(
             service="collector",
             instance=f"{self.node}",
@@ -292,6 +293,7 @@ class Collector:
                 **dropped,
                 **filtered,
                 **attached,
+                **unnamed,
             },
             detail={
                 "run": self.runs.current,
