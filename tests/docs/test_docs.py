@@ -83,7 +83,8 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
         if name:
             last = name.rpartition(".")[2].removesuffix("()")
             defines = (
-                rf"(?:def|class|struct|enum|int|void|bool|__u32|__u64|define)\s+\**{last}\b|^{last}\b|\*{last}\(|self\.{last} ="
+                rf"(?:def|class|struct|enum|int|void|bool|__u32|__u64|define)\s+\**{last}\b"
+                rf"|^{last}\b|\*{last}\(|self\.{last} ="
             )
             assert re.search(defines, text_of(found[0]), re.MULTILINE), f"{path} defines no {last}"
 
