@@ -17,7 +17,7 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction bench-symbols \
+.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction bench-symbols bench-functions \
 	reference lock clean system-build system-test
 
 up: install
@@ -52,7 +52,7 @@ $(BIN)/python: | system-build
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml requirements.lock bpf/Makefile bpf/stella.bpf.c $(wildcard bpf/include/*.h) $(wildcard */*/*.c */*/*/*.c) | $(BIN)/python
+$(VENV)/installed: pyproject.toml requirements.lock bpf/Makefile bpf/stella.bpf.c $(wildcard bpf/*.h bpf/include/*.h) $(wildcard */*/*.c */*/*/*.c) | $(BIN)/python
 	$(MAKE) -s -C bpf PYTHON=$(abspath $(BIN)/python)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
@@ -92,6 +92,10 @@ bench-signing: install
 
 bench-symbols: install
 	$(BIN)/python -m tests.bench.symbols
+
+# Ten thousand watched functions: attaching, memory, a call.
+bench-functions: install
+	$(BIN)/python -m tests.bench.functions
 
 bench-verify: install
 	$(BIN)/python -m tests.bench.verify

@@ -1189,3 +1189,5 @@ int BPF_PROG(stella_mkdir, struct cgroup *cgroup, const char *path)
 	__sync_fetch_and_or(&found_levels, 1ULL << level);
 	return 0;
 }
+
+#include "functions.bpf.h"

@@ -22,6 +22,7 @@ enum stella_record_type {
 	STELLA_TCP_STATE = 3,
 	STELLA_NET_CONNECT = 4,
 	STELLA_SSL_OP = 5,
+	STELLA_FUNCTION_CALL = 6,
 };
 
 enum stella_status { /* of a string or an address that was read from memory */
@@ -40,6 +41,8 @@ enum stella_status { /* of a string or an address that was read from memory */
 /* A path that was walked in the kernel, from its end; what is longer loses its begin. */
 #define STELLA_WALK_MAX 512
 #define STELLA_WALK_ROOM (STELLA_WALK_MAX + 256)
+#define STELLA_SYMBOL_MAX 200
+#define STELLA_SYMBOL_SHORT 64
 
 struct stella_header {
 	__u64 ts_ns;	 /* CLOCK_BOOTTIME */
@@ -73,6 +76,7 @@ enum stella_call {
 	STELLA_CALL_SSL_WRITE = 12,
 	STELLA_CALL_SSL_READ_EX = 13,
 	STELLA_CALL_SSL_WRITE_EX = 14,
+	STELLA_CALL_FUNCTION = 15,
 };
 
 enum stella_program_key { /* keys that name no program */
@@ -202,6 +206,69 @@ struct stella_ssl_op {
 	__u64 bytes;
 	__u32 library; /* index into the batch's list of libraries */
 	__u32 reserved;
+};
+
+struct stella_function_call {
+	__u64 offset; /* of the function in its file */
+	__u64 count;  /* calls that this record stands for */
+	__u64 first_ns; /* of the first and the last of them, where calls are counted; else 0 */
+	__u64 last_ns;
+	__u32 library; /* index into the batch's list of libraries: the binary's name */
+	__u16 symbol_len;
+	__u8 build_id_len;
+	__u8 frames;
+	__u8 build_id[20];
+	__u32 symbol_total; /* bytes the symbol has in the file */
+	/* frames * struct stella_frame, then symbol_len bytes of symbol follow */
+};
+
+/* ---- what is not a record ---- */
+
+#define STELLA_FUNCTION_STACK 1
+struct stella_function { /* one watched function; the index of its row is its probe's cookie */
+	__u64 offset;
+	__u32 library;
+	__u16 symbol_len;
+	__u8 build_id_len; /* 0: none, or one of more than 20 bytes */
+	__u8 flags;
+	__u8 build_id[20];
+	__u32 symbol_total;
+	char symbol[STELLA_SYMBOL_MAX]; /* zeros behind it */
+};
+
+struct stella_flush { /* what a flush of the counters did */
+	__u64 written; /* records */
+	__u64 left;    /* not 0: no room in the ring, so some counters wait */
+};
+
+struct stella_file_id {
+	__u64 inode;
+	__u64 changed_ns;
+	__u32 device; /* the kernel's dev_t: major << 20 | minor */
+	__u32 generation;
+};
+enum stella_seen_state {
+	STELLA_SEEN_ONCE = 1,
+	STELLA_SEEN_EACH = 2, /* user space wants to know of each process */
+};
+enum stella_notice_kind {
+	STELLA_NOTICE_EXEC = 1,
+	STELLA_NOTICE_MAP = 2,
+};
+struct stella_notice { /* a process has begun to run this file */
+	__u64 ts_ns;
+	struct stella_file_id file;
+	__u32 tgid;
+	__u32 kind;
+};
+
+struct stella_mapped_question {
+	__u64 address;
+};
+struct stella_mapped {
+	__u64 inode;
+	__u32 device;
+	__u32 found;
 };
 
 /* One lane's counters. User space maps the array of them; a collector that dies leaves it pinned. */

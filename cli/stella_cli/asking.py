@@ -60,6 +60,7 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
             "evidence": node.output_directory if node else settings.signals.output_directory,
             "gateway": gateway.url(settings),
             **({"targets": asked} if asked else {}),
+            **({"watched functions": functions} if (functions := watched_functions(body)) else {}),
             "events": _events(body),
             "lost": _sums(_at(body, "totals", "lost_by_cause")) or "nothing",
             "chunks signed": _number(_at(body, "totals", "chunks_signed")),
@@ -94,6 +95,18 @@ def targets(body: Mapping[str, Any]) -> str:
     return f"{found}; not there (yet): {missing}" if missing else found
 
 
+def watched_functions(body: Mapping[str, Any]) -> str:
+    """Return how many functions are watched in how many binaries, and what is not; "" when none are asked for."""
+    rows = [row for service in body.get("services", []) for row in _at(service, "detail", "binaries") or []]
+    asked = [row for row in rows if row.get("mode") in ("trace", "count")]
+    there = [row for row in asked if row.get("functions")]
+    missing = ", ".join(f"{row.get('binary')}: {row.get('reason')}" for row in asked if not row.get("functions"))
+    if not asked:
+        return ""
+    found = f"{_number(sum(row['functions'] for row in there))} in {len(there)} of {len(asked)} binaries"
+    return f"{found}; not watched: {missing}" if missing else found
+
+
 def _events(body: Mapping[str, Any]) -> str:
     rate = _at(body, "rates", "events_per_second")
     lines = f"{_number(_at(body, 'totals', 'lines'))} lines recorded"
@@ -120,15 +133,37 @@ def _verbose(settings: Settings, body: Mapping[str, Any]) -> None:
             ["probe", "attached", "reason"],
             [[str(p.get("probe")), "yes" if p.get("attached") else "no", str(p.get("reason", ""))] for p in probes],
         )
+    watched = [row for service in body.get("services", []) for row in _at(service, "detail", "binaries") or []]
+    if watched:
+        click.echo()
+        console.table(
+            ["watched binary", "mode", "functions", "build-id", "reason"],
+            [
+                [
+                    str(row.get("binary", "?")),
+                    str(row.get("mode", "?")),
+                    _number(row.get("functions")),
+                    str(row.get("build_id", ""))[:16],
+                    ", ".join([str(row["reason"])] if row.get("reason") else _left_out(row)),
+                ]
+                for row in watched
+            ],
+        )
     shown = ("queues", "latency_ms", "identity", "chain")
     flat = {name: value for key in shown for name, value in _flat(key, body.get(key))}
     for service in body.get("services", []):
         who = f"{service.get('service')}/{service.get('instance')}"
         flat[f"{who} version"] = str(service.get("version"))
-        # The probes have their table above.
-        flat.update(_flat(who, {k: v for k, v in (service.get("detail") or {}).items() if k != "probes"}))
+        # Probes and binaries have their tables above.
+        detail = service.get("detail") or {}
+        flat.update(_flat(who, {k: v for k, v in detail.items() if k not in ("probes", "binaries")}))
     click.echo()
     _pairs(flat)
+
+
+def _left_out(row: Mapping[str, Any]) -> list[str]:
+    """Return which functions of a watched binary have no probe."""
+    return [f"{count} {why} left out" for why, count in (row.get("skipped") or {}).items()]
 
 
 def stats(settings: Settings, *, memory: bool, as_json: bool) -> None:

@@ -57,9 +57,23 @@ def what(event: dict[str, Any]) -> str:
         case "ssl_op":
             return f"{get('direction', '?')} {get('bytes', '?')} bytes, {get('library', '?')}"
         case "function_call":
-            return f"{get('symbol') or get('address') or '?'} in {get('binary', '?')}"
+            return _call(event)
         case _:
             return json.dumps({k: v for k, v in event.items() if k != "type"}, ensure_ascii=False)
+
+
+def _call(event: dict[str, Any]) -> str:
+    """Return the function, how often where it is counted, the file, and who called it where that is known."""
+    text = f"{event.get('symbol', '?')}"
+    if event.get("count"):
+        text += f" ×{event['count']}"
+    text += f" in {event.get('binary', '?')}"
+    callers = [frame.get("symbol") or _place(frame) for frame in (event.get("stack") or [])[1:]]
+    return f"{text} ← {' ← '.join(callers)}" if callers else text
+
+
+def _place(frame: dict[str, Any]) -> str:
+    return f"{str(frame.get('build_id', '?'))[:8]}+0x{int(frame.get('offset') or 0):x}"
 
 
 def _end(address: object, port: object) -> str:

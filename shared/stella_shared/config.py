@@ -153,6 +153,42 @@ class Rekor(_Section, frozen=True):
     parallel_uploads: Annotated[int, _number("Submissions under way at a time.", unit="submissions", ge=1, le=16)] = 4
 
 
+class WatchedFunctions(_Section, frozen=True):
+    """Functions of one binary, or of all that a glob names."""
+
+    binary: Annotated[
+        str,
+        Meta(
+            description="Which file: an absolute path or glob as in filters.paths, by the name that the process has "
+            "for it, inside its container; or `build-id:<hex>`.",
+            min_length=1,
+            max_length=4096,
+        ),
+    ]
+    functions: Annotated[
+        list[_Pattern],
+        Meta(
+            description="Which functions: exact names, or globs with `*` and `?`; mangled, demangled, or demangled "
+            "without arguments.",
+            min_length=1,
+            max_length=256,
+        ),
+    ]
+    mode: Annotated[
+        Literal["trace", "count"],
+        _key("`trace`: a line for each call. `count`: a line a second for each process and function, with the number."),
+    ] = "trace"
+    stack: Annotated[bool, _key("With `trace`: record the caller's stack, up to 8 frames.")] = True
+    image: Annotated[
+        str,
+        _text(
+            "A glob of image names, written into the coverage. In this release it keeps the node's own files out and "
+            "takes those of every container: the collector does not know images.",
+            max_length=512,
+        ),
+    ] = ""
+
+
 class Probes(_Section, frozen=True):
     """Which probes are attached, one switch each."""
 
@@ -184,6 +220,16 @@ class Probes(_Section, frozen=True):
     openssl_libraries: Annotated[
         list[_Item],
         _list("Absolute paths of the libssl files to watch. Empty: found in the system's library folders."),
+    ] = []
+    functions: Annotated[
+        list[WatchedFunctions],
+        Meta(
+            description="Functions whose calls are recorded (`function_call`): a list of mappings with the keys "
+            "`binary`, `functions`, `mode` (`trace` or `count`), `stack`, `image`. At most 64 entries, and 20,000 "
+            "functions at one time: an entry that matches more in a file than are left is not attached, and says so. "
+            "docs/functions.md explains each key and what it costs.",
+            max_length=64,
+        ),
     ] = []
 
 

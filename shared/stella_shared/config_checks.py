@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from stella_shared import expressions, patterns
 from stella_shared.config_layers import shown
+from stella_shared.symbols import is_build_id
 
 _CONTAINER = re.compile(r"(?:[a-z-]+://)?[0-9a-f]{12,64}")
 _KMS = re.compile(r"[a-z][a-z0-9]{1,15}:[^\s]*")
@@ -93,6 +94,28 @@ def _network_fault(item: str) -> str:
     return "; allowed: CIDR such as 10.0.0.0/8 or fd00::/8, or a single address"
 
 
+def _functions_faults(items: list[Any]) -> list[str]:
+    return [f"[{index}].{fault}" for index, item in enumerate(items) for fault in _watched_faults(item)]
+
+
+def _watched_faults(item: Any) -> list[str]:
+    found: list[str] = []
+    if item.binary.startswith("build-id:"):
+        if not is_build_id(item.binary.removeprefix("build-id:")):
+            found.append(f"binary is {shown(item.binary)}; allowed: build-id: and 1 to 32 bytes in lower-case hex")
+    else:
+        try:
+            patterns.split(item.binary)
+        except ValueError as e:
+            found.append(f"binary is {shown(item.binary)}: {e}")
+    found += [
+        f"functions has {shown(name)}; allowed: printable text" for name in item.functions if not name.isprintable()
+    ]
+    if not item.image.isprintable():
+        found.append(f"image is {shown(item.image)}; allowed: printable text")
+    return found
+
+
 def _containers_faults(items: list[str]) -> list[str]:
     allowed = "container ids of 12 to 64 hex digits, as `docker ps --no-trunc` shows them"
     return [f"has {shown(t)}; allowed: {allowed}" for t in items if not _CONTAINER.fullmatch(t)]
@@ -165,6 +188,7 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.ring_buffer_size": _ring_faults,
     "signals.node": _node_faults,
     "signals.probes.openssl_libraries": _files_faults,
+    "signals.probes.functions": _functions_faults,
     "signals.filters.target_containers": _containers_faults,
     "signals.filters.target_namespaces": _namespaces_faults,
     "signals.filters.target_cgroups": _cgroups_faults,

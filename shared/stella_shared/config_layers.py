@@ -47,7 +47,12 @@ def allowed(kind: Any, meta: Meta) -> str:
     if kind is bool:
         return "true or false"
     if get_origin(kind) is list:
-        return "a list of text"
+        (item,) = get_args(kind)
+        return (
+            f"a list of mappings with the keys {', '.join(item.__struct_fields__)}"
+            if is_section(item)
+            else "a list of text"
+        )
     if kind is str:
         return "text"
     number = "a whole number" if kind is int else "a number"
@@ -154,12 +159,29 @@ class Merge:
                 continue
             try:
                 good[name] = msgspec.convert(value, Annotated[kind, meta])
-            except msgspec.ValidationError:
-                self._fault(key, f"{key} is {shown(value)}; allowed: {allowed(kind, meta)}{_advice(kind, value)}")
+            except msgspec.ValidationError as e:
+                if not self._item_faults(kind, value, key, str(e)):
+                    self._fault(key, f"{key} is {shown(value)}; allowed: {allowed(kind, meta)}{_advice(kind, value)}")
                 continue
             for text in self._checks.get(key, _no_faults)(good[name]):
-                self._fault(key, f"{key} {text}")
+                self._fault(key, f"{key}{text}" if text.startswith("[") else f"{key} {text}")
         return section(**good)
+
+    def _item_faults(self, kind: Any, value: object, key: str, reason: str) -> bool:
+        """Note what is wrong within a list of mappings: unknown keys by their nearest one; return whether it is one."""
+        item: Any = get_args(kind)[0] if get_origin(kind) is list else None
+        if not is_section(item) or not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            return False
+        unknown = [(n, name) for n, one in enumerate(value) for name in one if name not in item.__struct_fields__]
+        for n, name in unknown:
+            near = get_close_matches(str(name), item.__struct_fields__, 1)
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(item.__struct_fields__)}"
+            self._fault(key, f"unknown key {key}[{n}].{name}; {meant}")
+        if not unknown:
+            # msgspec names the place last: "Expected `str`, got `int` - at `$[0].binary`".
+            what, _, place = reason.partition(" - at `$")
+            self._fault(key, f"{key}{place.rstrip('`')}: {what[:1].lower()}{what[1:]}")
+        return True
 
     def _fault(self, key: str, text: str) -> None:
         """Note a fault of `key`, led by where the key came from."""

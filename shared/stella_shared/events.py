@@ -34,17 +34,19 @@ ANCESTORS_MAX: Final = 6
 TCP_STATE_BODY: Final = struct.Struct("<HHHBB16s16sII")
 NET_CONNECT_BODY: Final = struct.Struct("<qiHHHHBBBB16s16s")
 SSL_OP_BODY: Final = struct.Struct("<qQII")
+FUNCTION_CALL_BODY: Final = struct.Struct("<QQQQIHBB20sI")
 STACK_FRAME: Final = struct.Struct("<i20sQ")
 #: Frames stand behind a path buffer of this fixed size.
 NET_PATH_BYTES: Final = 112
 
-FILE_OPEN, PROCESS_EXEC, TCP_STATE, NET_CONNECT, SSL_OP = 1, 2, 3, 4, 5
+FILE_OPEN, PROCESS_EXEC, TCP_STATE, NET_CONNECT, SSL_OP, FUNCTION_CALL = 1, 2, 3, 4, 5, 6
 TYPE_NAMES: Final = {
     FILE_OPEN: "file_open",
     PROCESS_EXEC: "process_exec",
     TCP_STATE: "tcp_state",
     NET_CONNECT: "net_connect",
     SSL_OP: "ssl_op",
+    FUNCTION_CALL: "function_call",
 }
 #: enum stella_call → `src` of the evidence line.
 CALL_SOURCES: Final = (
@@ -63,9 +65,10 @@ CALL_SOURCES: Final = (
     "uprobe:SSL_write",
     "uprobe:SSL_read_ex",
     "uprobe:SSL_write_ex",
+    "uprobe:function_entry",
 )
 #: Which type of record each call makes.
-CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5)
+CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 6)
 _STATUS_OK, _STATUS_TRUNCATED, _STATUS_FAULT, _STATUS_ABSENT = 0, 1, 2, 3
 _WALKED_FILE, _WALKED_DIRECTORY = 1, 2
 _WALK_CUT, _WALK_UNLINKED, _WALK_DETACHED = 1, 2, 4
@@ -271,7 +274,39 @@ class SslOp(_Event, frozen=True, tag="ssl_op"):
     result: Annotated[int, Meta(description="The library call's return value.")]
 
 
-Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp
+class FunctionCall(_Event, frozen=True, tag="function_call"):
+    """A watched function was called, once or `count` times.  Its entry was reached; how it went on is not known."""
+
+    binary: Annotated[str, Meta(description="The file that holds it, by the name that the process has for it.")]
+    offset: Annotated[int, Meta(ge=0, description="Of the function's begin in that file.")]
+    symbol: Annotated[str, Meta(description="The function, demangled where that was possible.")]
+    build_id: Annotated[str, Meta(description="GNU build-id of the file, hex; absent when it has none.")] | None = None
+    count: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Calls that this line stands for, where calls are counted. `comm` is then the main "
+                "thread's, and `tid` is `pid`.",
+            ),
+        ]
+        | None
+    ) = None
+    first_ns: Annotated[int, Meta(ge=0, description="When the first of them was, ns since boot.")] | None = None
+    last_ns: Annotated[int, Meta(ge=0, description="When the last of them was.")] | None = None
+    stack: Annotated[list[StackFrame], Meta(description="The function itself, then its callers.")] | None = None
+    symbol_mangled: Annotated[str, Meta(description="The name as the file has it, where it differs.")] | None = None
+    symbol_reason: Annotated[str, Meta(description="Why `symbol` is not demangled.")] | None = None
+    symbol_truncated: Annotated[bool, Meta(description="`symbol_mangled` was cut after 200 bytes.")] = False
+    symbolizer: (
+        Annotated[
+            str, Meta(description="What has named the frames: its version and those of the libraries it reads with.")
+        ]
+        | None
+    ) = None
+
+
+Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp | FunctionCall
 
 
 class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -667,6 +702,31 @@ def _ssl_op(body: bytes, call: int, libraries: list[str]) -> SslOp:
     )
 
 
+def _function_call(body: bytes, libraries: list[str]) -> FunctionCall:
+    offset, count, first_ns, last_ns, library, length, id_bytes, frames, build_id, total = (
+        FUNCTION_CALL_BODY.unpack_from(body)
+    )
+    at = FUNCTION_CALL_BODY.size
+    raw = _cut(body, at, frames * STACK_FRAME.size)
+    name = text(_cut(body, at + len(raw), length))
+    stack = [_frame(*frame) for frame in STACK_FRAME.iter_unpack(raw) if frame[0]]
+    counted = bool(last_ns)
+    mangled = name.startswith(("_Z", "_R"))
+    return FunctionCall(
+        binary=libraries[library] if library < len(libraries) else f"library:{library}",
+        offset=offset,
+        symbol=name,
+        build_id=_cut(build_id, 0, id_bytes).hex() or None,
+        count=count if counted else None,
+        first_ns=first_ns if counted else None,
+        last_ns=last_ns if counted else None,
+        stack=stack or None,
+        symbol_mangled=name if mangled else None,
+        symbol_reason="not_demangled" if mangled else None,
+        symbol_truncated=total > length,
+    )
+
+
 def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Event:
     """Decode a record's body.  Raises `BrokenPromise` when it cannot be one."""
     if call >= len(CALL_TYPES) or kind != CALL_TYPES[call]:
@@ -683,6 +743,8 @@ def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Eve
                 return _net_connect(body, call)
             case 5:
                 return _ssl_op(body, call, libraries)
+            case 6:
+                return _function_call(body, libraries)
     except (struct.error, ValueError, IndexError) as e:
         raise BrokenPromise(f"a record of type {kind}: {e}") from None
     raise BrokenPromise(f"a record of unknown type {kind}")

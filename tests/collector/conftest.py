@@ -111,6 +111,8 @@ class Watch:
     def finish(self) -> Watched:
         """Detach, drain, and return everything."""
         self.kernel.detach()
+        while self.kernel.binaries.flush():
+            self.drain()
         self.drain()
         while self.left:
             self.drain()

@@ -530,9 +530,9 @@ def test_the_child_can_open_nothing() -> None:
     """Once shut in, it has no capability, and no path can be opened, be it root's own."""
     code = (
         "import os\n"
-        "from stella_enricher.symbols import child\n"
+        "from stella_shared import confinement\n"
         "status = open('/proc/self/status')\n"
-        "child.shut_in(1 << 30, 1 << 20, 5)\n"
+        "confinement.shut_in(1 << 30, 1 << 20, 5)\n"
         "rows = [line.split() for line in status]\n"
         "print(*(row[1] for row in rows if row[0] in ('CapEff:', 'NoNewPrivs:')))\n"
         "try: print(len(os.listdir('/')))\n"

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from stella_collector import accounting, kernel, ring
-from stella_collector.kernel import OBJECT, probes_of
+from stella_collector.binaries import attaching, notices, question
+from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, probes_of
 from stella_shared import events, wire
 from stella_shared.config import Probes, Signals
 
@@ -54,6 +55,17 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     ),
     "stella_frame": (events.STACK_FRAME.format, "status build_id offset"),
     "stella_ssl_op": (events.SSL_OP_BODY.format, "result bytes library reserved"),
+    "stella_function_call": (
+        events.FUNCTION_CALL_BODY.format,
+        "offset count first_ns last_ns library symbol_len build_id_len frames build_id symbol_total",
+    ),
+    "stella_function": (
+        attaching.ROW.format,
+        "offset library symbol_len build_id_len flags build_id symbol_total symbol",
+    ),
+    "stella_file_id": (notices.FILE.format, "inode changed_ns device generation"),
+    "stella_mapped": ("<QII", "inode device found"),
+    "stella_flush": ("<QQ", "written left"),
     "stella_lane": (
         "<7Q9Q",
         "taken lost_ring_full lost_rate_limit lost_inflight filtered_target filtered_path filtered_network",
@@ -97,8 +109,12 @@ def btf() -> list[dict[str, Any]]:
     return list(json.loads(done.stdout)["types"])
 
 
-#: tcp_state and ssl_op records are put together on the stack, so the object's type information has no need of them.
-IN_BTF = sorted(set(LAYOUTS) - {"stella_tcp_state", "stella_ssl_op"})
+#: A notice is the time, the file, then who and how.
+NOTICE = ("<Q24sII", "ts_ns file tgid kind")
+
+#: tcp_state, ssl_op and function_call records are put together on the stack or in the ring, so the object's type
+#: information has no need of them.
+IN_BTF = sorted(set(LAYOUTS) - {"stella_tcp_state", "stella_ssl_op", "stella_function_call"})
 
 
 @pytest.mark.parametrize("name", IN_BTF)
@@ -146,7 +162,8 @@ def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None
         for probe, _ in probes_of(Signals(probes=Probes(libc_source=source)))
         for program in probe.programs()
     }
-    assert wanted | {"stella_mkdir"} == names
+    # What no single probe owns: attached to the files of all of them.
+    assert wanted | {"stella_mkdir"} | set(_NOTICE_PROGRAMS) | set(_FUNCTION_PROGRAMS) == names
 
 
 def enum_values(name: str) -> dict[str, int]:
@@ -166,6 +183,7 @@ def test_enums_agree() -> None:
     assert list(range(len(events.CALL_SOURCES))) == sorted(calls.values())
     spelled = [
         source.replace("sys_enter_", "").replace("uprobe:SSL", "ssl").replace("uprobe:", "u_")
+        .replace("u_function_entry", "function")
         .replace("sched_process_", "").replace("inet_sock_", "").lower()
         for source in events.CALL_SOURCES
     ]  # fmt: skip
@@ -186,6 +204,14 @@ def test_enums_agree() -> None:
 def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
     """The header as the compiler lays it out, and ring.c's own copy of the record head, match Python's formats."""
     checks = []
+    for constant, number in (
+        ("STELLA_SYMBOL_MAX", question.SYMBOL_BYTES), ("STELLA_FUNCTION_STACK", attaching._WITH_STACK),
+        ("STELLA_SEEN_EACH", notices._SEEN_EACH[0]), ("STELLA_NOTICE_EXEC", notices.EXEC),
+        ("sizeof(struct stella_notice)", notices.NOTICE.size), ("sizeof(struct stella_mapped_question)", 8),
+    ):  # fmt: skip
+        checks.append(f'_Static_assert({constant} == {number}, "{constant}");')
+    for field, at in offsets(*NOTICE).items():
+        checks.append(f'_Static_assert(offsetof(struct stella_notice, {field}) == {at}, "notice.{field}");')
     for name, (layout, fields) in LAYOUTS.items():
         checks.append(f'_Static_assert(sizeof(struct {name}) == {struct.calcsize(layout)}, "{name}");')
         for field, at in offsets(layout, fields).items():

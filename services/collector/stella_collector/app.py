@@ -17,6 +17,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import msgspec
 
 from stella_collector import coverage, targets
 from stella_collector.accounting import Accountant, decode_counters, join
@@ -44,7 +45,10 @@ SPOOL_BYTES: Final = 64 << 20
 QUIET_BATCH_SECONDS: Final = 1.0
 COVERAGE_SECONDS: Final = 30.0
 TARGETS_SECONDS: Final = 0.25
-LIBRARIES_SECONDS: Final = 5.0
+#: Notices bring new files at once; this finds what no notice told of, such as a process that was moved into a target.
+SCAN_SECONDS: Final = 5.0
+NODE_SCAN_SECONDS: Final = 30.0
+COUNTS_SECONDS: Final = 1.0
 MISSED_SECONDS: Final = 0.5
 #: Programs that were running when they were detached have ended after this.
 DETACHED_SECONDS: Final = 0.05
@@ -168,12 +172,16 @@ class Collector:
     async def drain_until(self, stop: anyio.Event) -> None:
         """Drain, at the pace of the ring, until `stop`."""
         pause = STEADY_SECONDS
-        told_at = 0.0
+        told_at = counts_due = 0.0
         before = time.monotonic()
         while not stop.is_set():
             if self.spool.full:
                 await anyio.sleep(STEADY_SECONDS)  # the ring is the buffer now, and counts what it cannot take
                 continue
+            now = time.monotonic()
+            if now >= counts_due:
+                counts_due = now + COUNTS_SECONDS
+                self.kernel.binaries.flush()
             drained, ledger = self.drain()
             now = time.monotonic()
             held = self._held_back(ledger)
@@ -213,7 +221,8 @@ class Collector:
         await anyio.sleep(DETACHED_SECONDS)
         final = False
         while not final:
-            final = self.kernel.ring.waiting() <= BATCH_BYTES // 2
+            counts_left = self.kernel.binaries.flush()
+            final = not counts_left and self.kernel.ring.waiting() <= BATCH_BYTES // 2
             drained, ledger = self.drain(last=final)
             await self.emit(self._held_back(ledger), drained.records, final=final)
             self._held = None
@@ -223,18 +232,30 @@ class Collector:
             log.error("%d bytes of batches could not be published before the deadline", self.spool.bytes)
 
     async def watch_surroundings(self) -> None:
-        """Follow targets and TLS libraries as they come and go; every change is a new coverage document."""
-        libraries_due = 0.0
+        """Follow targets and files as they come and go; every change is a new coverage document."""
+        binaries = self.kernel.binaries
+        scan_due = 0.0
         while True:
             await anyio.sleep(TARGETS_SECONDS)
-            changed = False
-            if targets.any_wanted(self.signals):
-                changed = self.look_for_targets()
-            now = time.monotonic()
-            if targets.any_wanted(self.signals) or now >= libraries_due:
-                libraries_due = now + LIBRARIES_SECONDS
-                changed |= await anyio.to_thread.run_sync(self.kernel.refresh_libraries)
+            wanted = targets.any_wanted(self.signals)
+            moved = self.look_for_targets() if wanted else False
+            changed = moved
+            if moved or time.monotonic() >= scan_due:
+                changed |= await anyio.to_thread.run_sync(binaries.scan, self.kernel.target_ids)
+                scan_due = time.monotonic() + (SCAN_SECONDS if wanted else NODE_SCAN_SECONDS)
+            else:
+                changed |= await anyio.to_thread.run_sync(binaries.recheck)
             if changed:
+                self.write_coverage()
+
+    async def heed_notices(self) -> None:
+        """Look at processes as the kernel tells that they have begun to run a file."""
+        notices = self.kernel.binaries.notices
+        if notices is None:
+            return
+        while True:
+            await anyio.wait_readable(notices.fd)
+            if await anyio.to_thread.run_sync(self.kernel.binaries.look_at_notices):
                 self.write_coverage()
 
     def look_for_targets(self) -> bool:
@@ -251,6 +272,7 @@ class Collector:
             states=self.kernel.states,
             targets=self._targets,
             libraries=self.kernel.libraries,
+            binaries=self.kernel.binaries.states(),
             **self._fixed,
         )
         if document != self._coverage:
@@ -305,6 +327,7 @@ class Collector:
                 "reader": self._fixed["reader"],
                 "libbpf": self._lib.version,
                 "libraries": self.kernel.libraries,
+                "binaries": msgspec.to_builtins(self.kernel.binaries.states()),
                 "counters_pinned": self.runs.pinned,
                 "counters_pin_reason": self.runs.pin_reason,
                 "names": {**self.namer.stats(), "missing": self.namer.missing},
@@ -345,6 +368,7 @@ async def serve(signals: Signals) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(collector.spool.run)
                 tasks.start_soon(collector.watch_surroundings)
+                tasks.start_soon(collector.heed_notices)
                 tasks.start_soon(lifecycle.beating, bus, collector.beat, drained)
                 await collector.drain_until(stop)
                 await collector.finish()

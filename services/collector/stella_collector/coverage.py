@@ -10,6 +10,7 @@ import os
 
 import msgspec
 
+from stella_collector.binaries.watch import BinaryState
 from stella_collector.kernel import ProbeState
 from stella_collector.targets import Target
 from stella_shared.config import Signals
@@ -38,6 +39,7 @@ class Coverage(msgspec.Struct, frozen=True):
     """The coverage document.  `targets` that have no id yet are not there."""
 
     arch: str
+    binaries: list[BinaryState]
     bpf_object_sha256: str
     btf: Btf
     collector_version: str
@@ -67,6 +69,7 @@ def document(
     reader: str,
     version: str,
     stand_in: str = "",
+    binaries: list[BinaryState] | None = None,
 ) -> bytes:
     """Return the canonical bytes.  `stand_in` names what replaced a real kernel (the demo), else ""."""
     kernel = os.uname()
@@ -74,6 +77,7 @@ def document(
     return _encoder.encode(
         Coverage(
             arch=kernel.machine,
+            binaries=binaries or [],
             bpf_object_sha256=bpf_object_sha256,
             btf=Btf("kernel", btf_sha256),
             collector_version=version,

@@ -20,7 +20,6 @@ import ipaddress
 import logging
 import mmap
 import os
-import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +30,9 @@ import msgspec
 
 from stella_collector import targets
 from stella_collector.accounting import LANE_STRIDE
+from stella_collector.binaries.attaching import FUNCTIONS_MAX
+from stella_collector.binaries.choosing import Library
+from stella_collector.binaries.watch import Binaries
 from stella_collector.libbpf import NATIVE, Libbpf, Link, Object
 from stella_collector.naming import KernelProgram
 from stella_collector.ring import open_ring
@@ -46,9 +48,13 @@ OBJECT: Final = NATIVE / "stella.bpf.o"
 TRACEFS: Final = Path("/sys/kernel/tracing")
 BPFFS: Final = Path("/sys/fs/bpf")
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
-#: Every batch names the libraries, and a traced process may map files of any name: bounded in number and length.
-LIBRARIES_MAX: Final = 64
-LIBRARY_NAME_MAX: Final = 256
+#: Counters of watched functions at one time: processes times functions that they have called.
+COUNTERS_MAX: Final = 65_536
+#: Programs beside the probes: each is loaded where the kernel takes it.
+_NOTICE_PROGRAMS: Final = ("stella_note_exec", "stella_note_map", "stella_real_inode")
+_FUNCTION_PROGRAMS: Final = (
+    "stella_fn_trace", "stella_fn_count", "stella_fn_trace1", "stella_fn_count1", "stella_fn_flush", "stella_fn_exit",
+)  # fmt: skip
 _RATE_WINDOWS_PER_SECOND: Final = 10
 _PATH_KEY_BYTES: Final = 252
 #: struct stella_program and struct stella_cgroup, without their paths, which end at WALK_MAX of WALK_ROOM bytes.
@@ -58,7 +64,6 @@ CONFIG: Final = struct.Struct("<6IQ2I")
 WALK_MAX, WALK_ROOM = 512, 768
 #: Follows new cgroups for target containers; no probe of the configuration.
 _MKDIR: Final = "stella_mkdir"
-_LIBSSL = re.compile(r"/libssl[-.][^/ ]*so[^/ ]*$|/libssl\.so[^/ ]*$")
 _LIBSSL_GLOBS: Final = (
     "/lib/*-linux-gnu/libssl.so.*",
     "/usr/lib/*-linux-gnu/libssl.so.*",
@@ -241,9 +246,19 @@ class Kernel:
             if not wanted:
                 state.reason = "switched off in the configuration"
         self._links: dict[str, list[Link]] = {}
-        self._uprobed: set[tuple[int, int, int]] = set()
-        self.libraries: list[str] = []
         self._object = self._load([p for p, wanted in self._probes if wanted])
+        loaded = [p for p, wanted in self._probes if wanted and self._state(p.name).kernel]
+        self.binaries = Binaries(
+            signals,
+            lib,
+            self._object,
+            wanted=[Library(p.name, p.library, p.functions) for p in loaded if p.library],
+            states=self.states,
+            refused=self._refused,
+            scoped=self._scoped,
+            loaded=self._extras,
+            own_libraries=self._libraries_on_disk,
+        )
         self.ring = open_ring(lib, self._object.map_fd("stella_ring"), signals.ring_buffer_size, self.lanes)
         span = -(-self.lanes * LANE_STRIDE // mmap.PAGESIZE) * mmap.PAGESIZE
         self._lanes_map = mmap.mmap(self._object.map_fd("stella_lanes"), span, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -252,16 +267,21 @@ class Kernel:
 
     # ---- loading
 
-    def _open(self, wanted: Iterable[Probe]) -> Object:
+    def _open(self, wanted: Iterable[Probe], extras: Iterable[str] = ()) -> Object:
         signals = self._signals
         obj = Object(self._lib, OBJECT)
-        names = {name for probe in wanted for name in probe.programs()}
+        names = {name for probe in wanted for name in probe.programs()} | set(extras)
         if signals.filters.target_containers:
             names.add(_MKDIR)
         for name, program in obj.programs.items():
             program.set_autoload(name in names)
         obj.set_max_entries("stella_ring", signals.ring_buffer_size)
         obj.set_max_entries("stella_lanes", self.lanes)
+        if signals.probes.functions:
+            obj.set_max_entries("stella_functions", FUNCTIONS_MAX)
+        if any(entry.mode == "count" for entry in signals.probes.functions):
+            obj.set_max_entries("stella_counts", COUNTERS_MAX)
+            obj.set_max_entries("stella_counted", COUNTERS_MAX // 4)
         paths = compile_paths(signals.filters.paths.allowlist, signals.filters.paths.denylist, _PATH_KEY_BYTES)
         networks = signals.filters.networks
         obj.set_data(
@@ -297,8 +317,12 @@ class Kernel:
         return obj
 
     def _load(self, wanted: list[Probe]) -> Object:
+        functions = bool(self._signals.probes.functions)
+        self._extras: tuple[str, ...] = _FUNCTION_PROGRAMS if functions else ()
+        if functions or any(probe.library for probe in wanted):
+            self._extras += _NOTICE_PROGRAMS
         try:
-            return self._open(wanted)
+            return self._open(wanted, self._extras)
         except NotPermitted:
             raise
         except StellaError as whole:
@@ -312,9 +336,18 @@ class Kernel:
                     state = self._state(probe.name)
                     state.kernel, state.reason = False, str(e)
                     state.fix = "this kernel does not offer what the probe needs"
-            if not good:
+            self._extras = tuple(name for name in self._extras if self._takes(name))
+            if not good and not self._extras:
                 raise whole
-            return self._open(good)
+            return self._open(good, self._extras)
+
+    def _takes(self, program: str) -> bool:
+        try:
+            self._open([], [program]).close()
+        except StellaError as e:
+            log.warning("this kernel does not take program %s: %s", program, e)
+            return False
+        return True
 
     def _state(self, name: str) -> ProbeState:
         return next(state for state in self.states if state.name == name)
@@ -336,7 +369,7 @@ class Kernel:
             # Without it a container that starts later is found by looking, a quarter of a second late.
             with contextlib.suppress(StellaError):
                 self._links[_MKDIR] = [self._object.programs[_MKDIR].attach("tp_btf/cgroup_mkdir")]
-        self.refresh_libraries()
+        self.binaries.begin(self._targets)
 
     def _refused(self, state: ProbeState, error: StellaError) -> None:
         state.reason, state.fix = str(error), error.hint
@@ -383,76 +416,24 @@ class Kernel:
             raise missing
         return links
 
-    # ---- TLS libraries: found on disk, and in what is running
+    def _libraries_on_disk(self) -> list[str]:
+        """Return the node's own TLS libraries: those that are configured, else what the usual folders have."""
+        if not any(wanted and p.library == "libssl" for p, wanted in self._probes):
+            return []
+        configured = list(self._signals.probes.openssl_libraries)
+        return configured or sorted({os.path.realpath(p) for g in _LIBSSL_GLOBS for p in glob.glob(g)})
 
     def attach_libraries_of_node(self) -> None:
         """Attach to the TLS libraries on disk whatever the targets are, to see whether that works."""
-        self._scoped = False
         for state in self.states:
             if not state.attached and state.wanted and state.scope == "process":
                 state.reason = ""
-        self.refresh_libraries()
+        self.binaries.attach_own()
 
-    def refresh_libraries(self) -> bool:
-        """Attach to TLS libraries not seen before; return whether anything changed.
-
-        With targets, only their processes pay for it: a uprobe of the whole node would tax every process.
-        TLS calls that a process makes before it was seen (looked for every 250 ms) are
-        outside the coverage, which says `scope: process`.
-        """
-        wanted = [p for p, on in self._probes if on and p.library == "libssl" and self._state(p.name).kernel]
-        if not wanted:
-            return False
-        configured = list(self._signals.probes.openssl_libraries)
-        if self._scoped:
-            found = [
-                (pid, path) for pid in targets.processes(self._targets) for path in _mapped_libraries(pid, configured)
-            ]
-        else:
-            on_disk = configured or sorted({os.path.realpath(p) for g in _LIBSSL_GLOBS for p in glob.glob(g)})
-            found = [(-1, path) for path in on_disk]
-        changed = False
-        for pid, path in found:
-            try:
-                stat = os.stat(path)
-            except OSError:
-                continue
-            key = (pid, stat.st_dev, stat.st_ino)
-            if key in self._uprobed:
-                continue
-            self._uprobed.add(key)
-            name = re.sub(r"^/proc/\d+/root(?=/)", "", path)[:LIBRARY_NAME_MAX]
-            if name not in self.libraries:
-                if len(self.libraries) >= LIBRARIES_MAX:
-                    log.warning("more than %d TLS libraries: %s is not watched", LIBRARIES_MAX, name)
-                    continue
-                self.libraries.append(name)
-            cookie = self.libraries.index(name)
-            for probe in wanted:
-                state = self._state(probe.name)
-                try:
-                    links = self._attach_functions(probe, path, pid, cookie)
-                except StellaError as e:
-                    if not state.attached:
-                        self._refused(state, e)
-                    continue
-                self._links.setdefault(f"{probe.name}:{pid}", []).extend(links)
-                state.attached, state.reason, state.fix = True, "", ""
-                changed = True
-        alive = {pid for pid, _ in found}
-        for key in [k for k in self._uprobed if k[0] > 0 and k[0] not in alive and not Path(f"/proc/{k[0]}").exists()]:
-            self._uprobed.discard(key)
-            for probe in wanted:
-                for link in self._links.pop(f"{probe.name}:{key[0]}", []):
-                    link.close()
-        for probe in wanted:
-            state = self._state(probe.name)
-            state.scope = "process" if self._scoped else "node"
-            if not state.attached and not state.reason:
-                state.reason = "no target process uses a TLS library yet" if self._scoped else "no libssl on this node"
-                state.fix = "" if self._scoped else "name the library in probes.openssl_libraries"
-                changed = True
-        return changed
+    @property
+    def libraries(self) -> list[str]:
+        """Names of files that records refer to by index."""
+        return self.binaries.libraries
 
     # ---- targets
 
@@ -473,6 +454,11 @@ class Kernel:
         self._object.update(".bss", struct.pack("<I", 0), struct.pack("<QQ", levels, namespaces))
         self._targets, self._levels = ids, levels
         return True
+
+    @property
+    def target_ids(self) -> set[int]:
+        """The numbers of the targets that are there now."""
+        return self._targets
 
     # ---- names
 
@@ -505,7 +491,7 @@ class Kernel:
             for probe, wanted in self._probes
             if wanted and self._state(probe.name).attached
             for name in probe.programs()
-        )
+        ) + sum(self._object.programs[name].recursion_misses() for name in self._extras if name.startswith("stella_fn"))
 
     def pin_counters(self, path: Path) -> None:
         """Pin the lanes at `path`, so that a successor can close this run's books."""
@@ -514,7 +500,11 @@ class Kernel:
     # ---- the end
 
     def detach(self) -> None:
-        """Detach everything; what was recorded stays in the ring.  Entry sides go before exit sides."""
+        """Detach everything; what was recorded stays in the ring.  Entry sides go before exit sides.
+
+        Counters of watched functions stay until `binaries.flush` has turned them into records.
+        """
+        self.binaries.detach()
         for links in self._links.values():
             for link in reversed(links):
                 link.close()
@@ -522,6 +512,7 @@ class Kernel:
 
     def close(self) -> None:
         """Detach, and give programs and maps back."""
+        self.binaries.close()
         self.detach()
         self.ring.close()
         self._lanes_map.close()
@@ -536,16 +527,3 @@ class Kernel:
 
 def _walked(value: bytes, head: int, at: int) -> str:
     return text(value[head + at : head + WALK_MAX])
-
-
-def _mapped_libraries(pid: int, configured: list[str]) -> list[str]:
-    try:
-        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
-    except OSError:
-        return []  # it is gone, or not ours to look at
-    seen = {line.split(None, 5)[5] for line in text.splitlines() if line.count("/")}
-    return [
-        f"/proc/{pid}/root{path}" if os.path.exists(f"/proc/{pid}/root{path}") else path
-        for path in sorted(seen)
-        if path in configured or _LIBSSL.search(path)
-    ]

@@ -7,13 +7,14 @@ do.  Every failure comes out as a `StellaError` that names the object, the reaso
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import errno
 import os
 import struct
-from collections.abc import Iterator
-from ctypes import c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_ulong, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,10 +46,14 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_program__attach": (c_void_p, (c_void_p,)),
     "bpf_program__attach_tracepoint": (c_void_p, (c_void_p, c_char_p, c_char_p)),
     "bpf_program__attach_uprobe_opts": (c_void_p, (c_void_p, c_int, c_char_p, c_size_t, c_void_p)),
+    "bpf_program__attach_uprobe_multi": (c_void_p, (c_void_p, c_int, c_char_p, c_char_p, c_void_p)),
     "bpf_link__destroy": (c_int, (c_void_p,)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
     "bpf_map_delete_elem": (c_int, (c_int, c_void_p)),
+    "bpf_map_get_next_key": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_map_update_batch": (c_int, (c_int, c_void_p, c_void_p, c_void_p, c_void_p)),
+    "bpf_prog_test_run_opts": (c_int, (c_int, c_void_p)),
     "bpf_prog_get_info_by_fd": (c_int, (c_int, c_void_p, c_void_p)),
     "ring_buffer__new": (c_void_p, (c_int, c_void_p, c_void_p, c_void_p)),
     "ring_buffer__consume": (c_int, (c_void_p,)),
@@ -73,6 +78,47 @@ class _UprobeOpts(ctypes.Structure):
         ("func_name", c_char_p),
         ("attach_mode", c_int),
     )
+
+
+class _UprobeMultiOpts(ctypes.Structure):
+    # struct bpf_uprobe_multi_opts of libbpf.h
+    _fields_ = (
+        ("sz", c_size_t),
+        ("syms", c_void_p),
+        ("offsets", c_void_p),
+        ("ref_ctr_offsets", c_void_p),
+        ("cookies", c_void_p),
+        ("cnt", c_size_t),
+        ("retprobe", c_bool),
+        ("session", c_bool),
+    )
+
+
+class _TestRunOpts(ctypes.Structure):
+    # struct bpf_test_run_opts of bpf.h
+    _fields_ = (
+        ("sz", c_size_t),
+        ("data_in", c_void_p),
+        ("data_out", c_void_p),
+        ("data_size_in", c_uint32),
+        ("data_size_out", c_uint32),
+        ("ctx_in", c_void_p),
+        ("ctx_out", c_void_p),
+        ("ctx_size_in", c_uint32),
+        ("ctx_size_out", c_uint32),
+        ("retval", c_uint32),
+        ("repeat", c_int),
+        ("duration", c_uint32),
+        ("flags", c_uint32),
+        ("cpu", c_uint32),
+        ("batch_size", c_uint32),
+    )
+
+
+_UPROBE_HINT: Final = (
+    "uprobes need CAP_SYS_ADMIN on current kernels, beside CAP_BPF and CAP_PERFMON; run as root, or switch this probe "
+    "off"
+)
 
 
 def _candidates() -> Iterator[str]:
@@ -195,9 +241,45 @@ class Program:
         return self._link(
             handle,
             f"{'uretprobe' if returning else 'uprobe'}:{path}:{function}",
-            "uprobes need CAP_SYS_ADMIN on current kernels, beside CAP_BPF and CAP_PERFMON; run as root, or switch "
-            "this probe off",
+            _UPROBE_HINT,
         )
+
+    def attach_uprobe_at(self, path: str, offset: int, what: str, *, pid: int, returning: bool, cookie: int) -> Link:
+        """Attach at an offset of the file at `path`, which is not read.  `what` names it for people."""
+        opts = _UprobeOpts(sz=ctypes.sizeof(_UprobeOpts), bpf_cookie=cookie, retprobe=returning)
+        handle = self._lib.bpf_program__attach_uprobe_opts(
+            self._handle, pid, os.fsencode(path), offset, ctypes.byref(opts)
+        )
+        return self._link(handle, f"{'uretprobe' if returning else 'uprobe'}:{what}", _UPROBE_HINT)
+
+    def attach_uprobe_multi(self, path: str, offsets: Sequence[int], cookies: Sequence[int], what: str) -> Link:
+        """Attach at many offsets of the file at `path` by one link, in every process (Linux 6.6)."""
+        count = len(offsets)
+        places, ids = (c_ulong * count)(*offsets), (c_uint64 * count)(*cookies)
+        opts = _UprobeMultiOpts(
+            sz=ctypes.sizeof(_UprobeMultiOpts),
+            offsets=ctypes.addressof(places),
+            cookies=ctypes.addressof(ids),
+            cnt=count,
+        )
+        handle = self._lib.bpf_program__attach_uprobe_multi(
+            self._handle, -1, os.fsencode(path), None, ctypes.byref(opts)
+        )
+        return self._link(handle, f"uprobe:{what}", _UPROBE_HINT)
+
+    def takes_uprobe_multi(self) -> bool:
+        """Return whether this kernel attaches many uprobes by one link.  It is asked for a probe that cannot be."""
+        with contextlib.suppress(StellaError):
+            self.attach_uprobe_multi("/", [0], [0], "nothing").close()
+        return ctypes.get_errno() == errno.EBADF
+
+    def run(self, context: bytearray) -> None:
+        """Run this program here and now, in this thread.  It may write to its context, which is then `context`."""
+        data = (ctypes.c_char * len(context)).from_buffer(context)
+        opts = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts), ctx_in=ctypes.addressof(data), ctx_size_in=len(context))
+        fd = self._lib.bpf_program__fd(self._handle)
+        if error := self._lib.bpf_prog_test_run_opts(fd, ctypes.byref(opts)):
+            raise kernel_error(f"cannot run program {self.name}", -error)
 
     def recursion_misses(self) -> int:
         """Return how often the kernel skipped this program because it was already running on that CPU."""
@@ -275,6 +357,22 @@ class Object:
         if self._lib.bpf_map_lookup_elem(self.map_fd(name), key, value):
             return None
         return value.raw
+
+    def update_many(self, name: str, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Put each value under its key, in one go."""
+        count = c_uint32(len(keys))
+        if self._lib.bpf_map_update_batch(
+            self.map_fd(name), b"".join(keys), b"".join(values), ctypes.byref(count), None
+        ):
+            raise kernel_error(f"cannot write map {name}", ctypes.get_errno())
+
+    def entries(self, name: str, key_bytes: int) -> int:
+        """Return how many keys a map has now."""
+        fd, key, count = self.map_fd(name), ctypes.create_string_buffer(key_bytes), 0
+        before: Any = None
+        while not self._lib.bpf_map_get_next_key(fd, before, key):
+            before, count = ctypes.create_string_buffer(key.raw, key_bytes), count + 1
+        return count
 
     def delete(self, name: str, key: bytes) -> None:
         """Remove `key`; a key that is not there is fine."""

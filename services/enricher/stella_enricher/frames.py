@@ -12,13 +12,25 @@ import asyncio
 import contextlib
 import queue
 import threading
+from pathlib import Path
 from typing import Final, Self
 
 import anyio
 import msgspec
 
+from stella_enricher.symbols.demangling import Demangler
 from stella_enricher.symbols.resolver import Resolver
-from stella_shared.events import BATCH_COUNTS, CALL_TYPES, NET_CONNECT, WHAT, NetConnect, StackFrame, unpack_batch
+from stella_shared.events import (
+    BATCH_COUNTS,
+    CALL_TYPES,
+    FUNCTION_CALL,
+    NET_CONNECT,
+    WHAT,
+    FunctionCall,
+    NetConnect,
+    StackFrame,
+    unpack_batch,
+)
 from stella_shared.symbols import Frame, Question
 
 SETTLE_SECONDS: Final = 0.02
@@ -38,9 +50,12 @@ class FrameNamer:
         self._settle_seconds = settle_seconds
         #: Grows when something is known that was not known before.
         self.generation = 0
+        self._demangler = Demangler()
         self._missing: set[str] = set()
         self._asked: set[str] = set()
-        self._work: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
+        #: Where the record says that the file of a build-id was, as its process saw it: only a hint.
+        self._hints: dict[str, Path] = {}
+        self._work: queue.SimpleQueue[tuple[str, list[int], Path | None] | None] = queue.SimpleQueue()
         self._arrived = anyio.Event()
         self._is_slow = False
         #: When to ask again for what was not found, inf: nothing is to be asked again.
@@ -56,26 +71,57 @@ class FrameNamer:
 
     def __exit__(self, *_: object) -> None:
         self._loop = None
+        self._demangler.close()
         self._work.put(None)
 
     def named(self, event: NetConnect) -> NetConnect:
         """Return the event with what is known about its frames now."""
+        frames, symbolizer = self._named(event.stack or [])
+        return msgspec.structs.replace(event, stack=frames, symbolizer=symbolizer)
+
+    def named_function(self, event: FunctionCall) -> FunctionCall:
+        """Return the event with its symbol demangled and its frames named, as far as that is known now."""
+        if event.build_id is not None and event.binary.startswith("/") and len(self._hints) < WAITING_MAX:
+            self._hints[event.build_id] = Path(event.binary)
+        frames, symbolizer = self._named(event.stack or [])
+        event = msgspec.structs.replace(event, stack=frames or None, symbolizer=symbolizer)
+        if event.symbol_mangled is None:
+            return event
+        name = None if event.symbol_truncated else self._demangler.demangled(event.symbol_mangled)
+        if name is not None:
+            return msgspec.structs.replace(event, symbol=name, symbol_reason=None)
+        if event.build_id is None or self._resolver is None:
+            return event
+        # What was cut has its whole name in the file's table, where the function begins at this place.
+        answer = self._answer(Question(event.build_id, event.offset))
+        if answer.symbol is None or answer.symbol_offset:
+            return msgspec.structs.replace(event, symbol_reason=answer.reason or "no_symbol")
+        return msgspec.structs.replace(
+            event, symbol=answer.symbol, symbol_reason=None, symbolizer=symbolizer or answer.symbolizer
+        )
+
+    def _named(self, stack: list[StackFrame]) -> tuple[list[StackFrame], str | None]:
         symbolizer = None
         frames = []
-        for index, frame in enumerate(event.stack or []):
+        for index, frame in enumerate(stack):
             if frame.build_id is None or frame.offset is None:
                 frames.append(msgspec.structs.replace(frame, symbol_reason="no_build_id"))
             elif self._resolver is None:
                 frames.append(msgspec.structs.replace(frame, symbol_reason="disabled"))
             else:
                 # Every frame but the innermost is where a call returns to.
-                answer = self._resolver.resolve(Question(frame.build_id, frame.offset, after_call=index > 0))
-                if answer.reason == "pending":
-                    self._missing.add(frame.build_id)
+                answer = self._answer(Question(frame.build_id, frame.offset, after_call=index > 0))
                 if answer.symbol is not None:
                     symbolizer = answer.symbolizer
                 frames.append(_with(frame, answer))
-        return msgspec.structs.replace(event, stack=frames, symbolizer=symbolizer)
+        return frames, symbolizer
+
+    def _answer(self, question: Question) -> Frame:
+        assert self._resolver is not None
+        answer = self._resolver.resolve(question)
+        if answer.reason == "pending":
+            self._missing.add(question.build_id)
+        return answer
 
     async def settle(self, records: bytes) -> bool:
         """Ask for what the last lines missed; return whether some of it came, so that they are worth making anew.
@@ -88,13 +134,15 @@ class FrameNamer:
             self._retry_at = float("inf")
             self.generation += 1
         if not self._missing or self._resolver is None:
+            self._hints.clear()
             return False
         missing, self._missing = self._missing, set()
         new = [build_id for build_id in sorted(missing - self._asked) if len(self._asked) < WAITING_MAX]
         pids = _pids(records, new) if new else {}
         for build_id in new:
             self._asked.add(build_id)
-            self._work.put((build_id, pids.get(build_id, [])))
+            self._work.put((build_id, pids.get(build_id, []), self._hints.pop(build_id, None)))
+        self._hints.clear()
         if self._is_slow:
             return False
         before = self.generation
@@ -114,8 +162,8 @@ class FrameNamer:
         """Load what is asked for, one after the other.  Runs in the thread."""
         assert self._resolver is not None
         while (work := self._work.get()) is not None:
-            build_id, pids = work
-            reason = self._resolver.load(build_id, pids)
+            build_id, pids, hint = work
+            reason = self._resolver.load(build_id, pids, hint)
             loop = self._loop
             if loop is None:
                 return
@@ -151,7 +199,7 @@ def _pids(records: bytes, build_ids: list[str]) -> dict[str, list[int]]:
     holders: dict[int, list[str]] = {}
     for index, what in enumerate(batch.whats):
         kind, call, _, _ = WHAT.unpack_from(what)
-        if kind == NET_CONNECT and CALL_TYPES[call : call + 1] == (NET_CONNECT,):
+        if kind in (NET_CONNECT, FUNCTION_CALL) and CALL_TYPES[call : call + 1] == (kind,):
             found = [build_id for build_id, data in raw.items() if data in what]
             if found:
                 holders[index] = found

@@ -36,6 +36,7 @@ from stella_shared.events import (
     WHAT,
     WHO,
     FileOpen,
+    FunctionCall,
     NetConnect,
     ProcessExec,
     TcpState,
@@ -133,6 +134,8 @@ class Lines(ABC):
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
         if self._frames is not None and isinstance(event, NetConnect) and event.stack:
             event = self._frames.named(event)
+        elif self._frames is not None and isinstance(event, FunctionCall):
+            event = self._frames.named_function(event)
         name = text(comm.split(b"\0", 1)[0])
         return _Fragment(
             type=kind if wanted else 0,
