@@ -36,8 +36,12 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define ROOT_CGROUP 1
 #define MAX_CGROUP_DEPTH 12
 #define RATE_WINDOW_NS 100000000ULL
+#define RATE_WINDOWS_PER_SECOND 10
+/* A throttle has ended when it has cost nothing for this long. */
+#define THROTTLE_QUIET_NS 300000000ULL
 
-const volatile struct stella_config config = {};
+/* Maps of one element that user space writes: by name, so that nothing of the compiler's stands beside them. */
+volatile struct stella_config config SEC(".data.config") = {};
 struct stella_scope scope = {};
 
 struct {
@@ -127,9 +131,13 @@ struct {
 	__type(value, struct owner);
 } stella_owners SEC(".maps");
 
+/* Events in the current window of a limit, and since when it has cost records (0: it does not). */
 struct window {
 	__u64 start_ns;
 	__u64 used;
+	__u64 throttled_ns;
+	__u64 dropped_ns; /* the last one */
+	__u64 dropped;
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -137,6 +145,12 @@ struct {
 	__type(key, __u32);
 	__type(value, struct window);
 } stella_window SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64); /* cgroup id */
+	__type(value, struct window);
+} stella_windows SEC(".maps");
 
 /* Where variable-length records are put together. Owned by the running program: per CPU, and one entry for
  * each program kind that cannot be interrupted by its own kind. */
@@ -206,22 +220,6 @@ static __always_inline struct stella_lane *lane_of(__u32 kind, __u32 *index)
 			old_ = (counter)++;                                                                  \
 		old_;                                                                                        \
 	})
-
-static __always_inline bool over_rate(__u64 now)
-{
-	if (!config.max_events_per_window)
-		return false;
-	__u32 zero = 0;
-	struct window *w = bpf_map_lookup_elem(&stella_window, &zero);
-	if (!w)
-		return false;
-	/* Two CPUs may both open a window; the budget is then exceeded by their first events, no more. */
-	if (now - w->start_ns >= RATE_WINDOW_NS) {
-		w->start_ns = now;
-		w->used = 0;
-	}
-	return __sync_fetch_and_add(&w->used, 1) >= config.max_events_per_window;
-}
 
 /* ---- who is watched --------------------------------------------------------------------------------- */
 
@@ -448,8 +446,92 @@ static __always_inline void fill_current(struct stella_header *h, struct infligh
 	}
 }
 
-/* The number first. NULL: it is spent, and already counted as lost. */
-static __always_inline struct stella_lane *take_number(struct stella_header *h, __u32 kind)
+static __always_inline void submit(struct stella_lane *lane, __u32 kind, void *record, __u64 size)
+{
+	if (bpf_ringbuf_output(&stella_ring, record, size, BPF_RB_NO_WAKEUP))
+		COUNT(kind, lane->lost_ring_full);
+}
+
+/* ---- limits ------------------------------------------------------------------------------------------- */
+
+struct throttle_record {
+	struct stella_header h;
+	struct stella_throttle b;
+};
+
+/* Tell, in a record of its own, that a limit costs records from now on, or did until some time ago. */
+static __always_inline void tell_throttle(__u32 kind, const struct window *w, __u64 cgroup, __u64 limit, bool stop)
+{
+	struct throttle_record r = {};
+	__u32 index;
+	struct stella_lane *lane = lane_of(kind, &index);
+	if (!lane)
+		return;
+	r.h.ts_ns = bpf_ktime_get_boot_ns();
+	r.h.lane = index;
+	r.h.seq = COUNT(kind, lane->taken);
+	r.h.cgroup_id = cgroup ? cgroup : ROOT_CGROUP;
+	r.h.type = STELLA_THROTTLE;
+	r.h.call = STELLA_CALL_THROTTLE;
+	r.h.size = sizeof(r);
+	r.b.since_ns = w->throttled_ns;
+	if (stop) {
+		r.b.until_ns = w->dropped_ns;
+		r.b.dropped = w->dropped;
+	}
+	r.b.limit_per_second = limit * RATE_WINDOWS_PER_SECOND;
+	r.b.scope = cgroup ? STELLA_THROTTLE_CGROUP : STELLA_THROTTLE_NODE;
+	r.b.stop = stop;
+	submit(lane, kind, &r, sizeof(r));
+}
+
+static __always_inline bool over_limit(struct window *w, __u64 limit, __u64 now, bool *begins)
+{
+	/* Two CPUs may both open a window; the budget is then exceeded by their first events, no more. */
+	if (now - w->start_ns >= RATE_WINDOW_NS) {
+		w->start_ns = now;
+		w->used = 0;
+	}
+	if (__sync_fetch_and_add(&w->used, 1) < limit)
+		return false;
+	__sync_fetch_and_add(&w->dropped, 1);
+	w->dropped_ns = now;
+	*begins = !w->throttled_ns && !__sync_val_compare_and_swap(&w->throttled_ns, 0, now);
+	return true;
+}
+
+static __noinline bool over_rate(__u32 kind, __u64 cgroup, __u64 now)
+{
+	bool begins = false;
+	__u64 limit = config.max_cgroup_events_per_window;
+	if (limit) {
+		if (!cgroup)
+			cgroup = bpf_get_current_cgroup_id();
+		struct window *w = bpf_map_lookup_elem(&stella_windows, &cgroup);
+		if (!w) {
+			struct window fresh = { .start_ns = now };
+			bpf_map_update_elem(&stella_windows, &cgroup, &fresh, BPF_NOEXIST);
+			w = bpf_map_lookup_elem(&stella_windows, &cgroup);
+		}
+		if (w && over_limit(w, limit, now, &begins)) {
+			if (begins)
+				tell_throttle(kind, w, cgroup, limit, false);
+			return true;
+		}
+	}
+	limit = config.max_events_per_window;
+	__u32 zero = 0;
+	struct window *w = bpf_map_lookup_elem(&stella_window, &zero);
+	if (limit && w && over_limit(w, limit, now, &begins)) {
+		if (begins)
+			tell_throttle(kind, w, 0, limit, false);
+		return true;
+	}
+	return false;
+}
+
+/* The number first. NULL: it is spent, and already counted as lost. `cgroup` 0: that of the running task. */
+static __always_inline struct stella_lane *take_number_for(struct stella_header *h, __u32 kind, __u64 cgroup)
 {
 	__u32 index;
 	struct stella_lane *lane = lane_of(kind, &index);
@@ -458,17 +540,17 @@ static __always_inline struct stella_lane *take_number(struct stella_header *h, 
 	h->ts_ns = bpf_ktime_get_boot_ns();
 	h->lane = index;
 	h->seq = COUNT(kind, lane->taken);
-	if (over_rate(h->ts_ns)) {
+	if ((config.max_events_per_window || config.max_cgroup_events_per_window) &&
+	    over_rate(kind, cgroup, h->ts_ns)) {
 		COUNT(kind, lane->lost_rate_limit);
 		return NULL;
 	}
 	return lane;
 }
 
-static __always_inline void submit(struct stella_lane *lane, __u32 kind, void *record, __u64 size)
+static __always_inline struct stella_lane *take_number(struct stella_header *h, __u32 kind)
 {
-	if (bpf_ringbuf_output(&stella_ring, record, size, BPF_RB_NO_WAKEUP))
-		COUNT(kind, lane->lost_ring_full);
+	return take_number_for(h, kind, 0);
 }
 
 /* ---- open, openat, openat2 ---------------------------------------------------------------------------- */
@@ -806,7 +888,8 @@ int BPF_PROG(stella_tcp, const struct sock *csk, int old_state, int new_state)
 		COUNT(STELLA_LANE_SOCK, lane->filtered_network);
 		goto out;
 	}
-	if (!take_number(&r.h, STELLA_LANE_SOCK))
+	__u64 owner_cgroup = mine || !cgroup ? 0 : BPF_CORE_READ(cgroup, kn, id);
+	if (!take_number_for(&r.h, STELLA_LANE_SOCK, owner_cgroup))
 		goto out;
 	if (mine) {
 		fill_current(&r.h, own_storage());
@@ -1187,6 +1270,37 @@ int BPF_PROG(stella_mkdir, struct cgroup *cgroup, const char *path)
 	__u8 one = 1;
 	bpf_map_update_elem(&stella_targets, &id, &one, BPF_ANY);
 	__sync_fetch_and_or(&found_levels, 1ULL << level);
+	return 0;
+}
+
+/* ---- the end of a throttle, told by the collector's clock: run by it some times a second ---------------------- */
+
+static __always_inline void end_throttle(struct window *w, __u64 cgroup, __u64 limit)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	if (!w->throttled_ns || now - w->dropped_ns < THROTTLE_QUIET_NS)
+		return;
+	/* What is dropped meanwhile counts for the next time. */
+	struct window told = { .throttled_ns = w->throttled_ns, .dropped_ns = w->dropped_ns };
+	told.dropped = __sync_lock_test_and_set(&w->dropped, 0);
+	w->throttled_ns = 0;
+	tell_throttle(STELLA_LANE_UPROBE, &told, cgroup, limit, true);
+}
+
+static long end_cgroup_throttle(void *map, __u64 *cgroup, struct window *w, void *ctx)
+{
+	end_throttle(w, *cgroup, config.max_cgroup_events_per_window);
+	return 0;
+}
+
+SEC("syscall")
+int stella_limits(void *ctx)
+{
+	__u32 zero = 0;
+	struct window *w = bpf_map_lookup_elem(&stella_window, &zero);
+	if (w)
+		end_throttle(w, 0, config.max_events_per_window);
+	bpf_for_each_map_elem(&stella_windows, end_cgroup_throttle, NULL, 0);
 	return 0;
 }
 

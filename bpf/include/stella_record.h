@@ -23,6 +23,7 @@ enum stella_record_type {
 	STELLA_NET_CONNECT = 4,
 	STELLA_SSL_OP = 5,
 	STELLA_FUNCTION_CALL = 6,
+	STELLA_THROTTLE = 7,
 };
 
 enum stella_status { /* of a string or an address that was read from memory */
@@ -77,6 +78,7 @@ enum stella_call {
 	STELLA_CALL_SSL_READ_EX = 13,
 	STELLA_CALL_SSL_WRITE_EX = 14,
 	STELLA_CALL_FUNCTION = 15,
+	STELLA_CALL_THROTTLE = 16,
 };
 
 enum stella_program_key { /* keys that name no program */
@@ -283,7 +285,21 @@ struct stella_lane {
 	__u64 reserved[9]; /* a lane has its own cache lines */
 };
 
-/* Written once before load. */
+/* A limit began to cost records, or stopped to. Names no process. */
+struct stella_throttle {
+	__u64 since_ns; /* when it began */
+	__u64 until_ns; /* of a stop: when the last record was dropped */
+	__u64 dropped;	/* of a stop: records that it cost, all lanes together */
+	__u64 limit_per_second;
+	__u32 scope; /* enum stella_throttle_scope */
+	__u32 stop;
+};
+enum stella_throttle_scope {
+	STELLA_THROTTLE_NODE = 0,
+	STELLA_THROTTLE_CGROUP = 1, /* the header's */
+};
+
+/* What the configuration asks for; a reload writes it anew. */
 struct stella_config {
 	__u32 scoped; /* there are targets: only they are recorded */
 	__u32 path_allow;
@@ -292,6 +308,7 @@ struct stella_config {
 	__u32 network_deny;
 	__u32 kernel_paths;	     /* walk the path of every opened file, not of relative ones only */
 	__u64 max_events_per_window; /* 0: no limit; a window is 100 ms */
+	__u64 max_cgroup_events_per_window;
 	__u32 v1_hierarchy;	     /* id of the cgroup v1 hierarchy of the pids controller; 0: there is none */
 	__u32 reserved;
 };

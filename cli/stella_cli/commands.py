@@ -214,6 +214,26 @@ def stop(reason: str | None) -> None:
     stopping.run(_settings(), reason)
 
 
+@signals.command(short_help="Have the running node take up its changed configuration.")
+@_everywhere
+@_format("text", "json")
+def reload(form: str | None) -> None:
+    """Have the running node take up its changed configuration: as a whole, or not at all.
+
+    Filters, limits, rotation, redaction, symbols, runtimes, the log and the transparency log can change while it
+    runs, and no event is lost.  Where the evidence is, which probes there are, the key and the bus can not.
+
+    \b
+    Examples:
+      stella config check /etc/stellaops/stellaops.yaml && sudo stella signals reload
+      sudo systemctl reload stellaops-signals
+    Exit codes: 0 taken up, 2 refused: the node goes on as before, 3 not your node, 4 nothing runs
+    """
+    from stella_cli import reloading
+
+    reloading.run(_settings(), form or "text")
+
+
 @signals.command(short_help="Show what the running node does.")
 @_everywhere
 @click.option("--verbose", "-v", is_flag=True, help="Everything the node knows about itself.")

@@ -58,6 +58,10 @@ def what(event: dict[str, Any]) -> str:
             return f"{get('direction', '?')} {get('bytes', '?')} bytes, {get('library', '?')}"
         case "function_call":
             return _call(event)
+        case "throttle":
+            whose = "each container" if get("scope") == "cgroup" else "the node"
+            cost = f", {get('dropped')} dropped" if get("state") == "stop" else ""
+            return f"{get('state', '?')} of the limit of {whose}: {get('limit_per_second', '?')}/s{cost}"
         case _:
             return json.dumps({k: v for k, v in event.items() if k != "type"}, ensure_ascii=False)
 

@@ -33,6 +33,7 @@ RUNBOOK_SECTIONS: Final = {
     "issue-rekor-submission-failures": "Issue: Rekor Submission Failures",
     "procedure-rotate-evidence-directory": "Procedure: Rotate Evidence Directory",
     "procedure-update-collector": "Procedure: Update Collector",
+    "procedure-change-the-configuration": "Procedure: Change the Configuration",
     "procedure-recover-from-crash": "Procedure: Recover from Crash",
     "procedure-air-gap-evidence-export": "Procedure: Air-Gap Evidence Export",
     "procedure-prove-one-event": "Procedure: Prove One Event",

@@ -82,6 +82,8 @@ def _run(given: str | None, target: str | None, *, detach: bool, demo: bool, rea
             state=chosen.state,
             env=_environment(),
             config_name=chosen.name,
+            load=lambda: _again_with_port(given, target, signals),
+            hangup_reloads=not sys.stdin.isatty(),
             replay=_demo_ring() if demo else None,
         )
         _Foreground(plan, _again(given, target, demo=demo), ready_fd).run()
@@ -92,6 +94,12 @@ def _with_port(signals: Signals) -> Signals:
     if signals.bus.url or signals.bus.port:
         return signals
     return msgspec.structs.replace(signals, bus=msgspec.structs.replace(signals.bus, port=nats_server.choose_port(0)))
+
+
+def _again_with_port(given: str | None, target: str | None, running: Signals) -> Signals:
+    """Return the configuration as it stands now, with the port that the running node's server has."""
+    signals = settings.load(given, target).signals
+    return signals if signals.bus.port else msgspec.structs.replace(signals, bus=running.bus)
 
 
 def _demo_settings(given: str | None, target: str | None) -> Settings:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -27,7 +27,7 @@ import anyio
 import anyio.abc
 import msgspec
 
-from stella_cli import nats_server, node_file, process
+from stella_cli import nats_server, node_file, process, reloading
 from stella_cli.node_file import ChildEntry, NodeFile
 from stella_cli.process import Child, Identity
 from stella_cli.service_log import Line, ServiceLog
@@ -69,6 +69,10 @@ class Plan:
     state: Path
     env: Mapping[str, str]
     config_name: str
+    #: Reads the configuration anew, as the start did.
+    load: Callable[[], Signals]
+    #: Whether a hang-up asks for a reload; else the terminal has gone, and the node with it.
+    hangup_reloads: bool = False
     replay: Path | None = None
 
     @property
@@ -97,6 +101,8 @@ class Part:
     error: str = ""
     hint: str = ""
     exit_code: int = 0
+    #: It was asked to end, to start anew with another configuration.
+    renewing: bool = False
     stop: anyio.Event = field(default_factory=anyio.Event)
     gone: anyio.Event = field(default_factory=anyio.Event)
 
@@ -113,6 +119,7 @@ class Supervisor:
         self._show_log = show_log
         self._stopping = anyio.Event()
         self._hurry = anyio.Event()
+        self._reload = anyio.Event()
         self._failure: StellaError | None = None
         self._started_at = time.time()
         self._bus_url = bus_url(plan.signals)
@@ -139,6 +146,7 @@ class Supervisor:
                 await self._bring_up(tasks, stack)
                 if not self._stopping.is_set():
                     tasks.start_soon(on_ready)
+                    tasks.start_soon(self._reload_when_asked)
                     await self._stopping.wait()
             except StellaError as e:
                 self._failure = e
@@ -275,6 +283,10 @@ class Supervisor:
                 self._write_node_file()
                 if part.stop.is_set():
                     return
+                if part.renewing and part.exit_code == 0:
+                    part.renewing = False
+                    part.state = "starting"
+                    continue
                 if part.exit_code in _PERMANENT and part.service != "nats":
                     self._give_up(part)
                     return
@@ -326,9 +338,51 @@ class Supervisor:
         for line in part.log.new_lines():
             self._show_log(part, line)
 
+    # ---- another configuration
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload = anyio.Event()
+            outcome = await reloading.apply(self)
+            if outcome.ok:
+                self._say("info", f"configuration taken up: {', '.join(outcome.changed) or 'nothing has changed'}")
+            else:
+                self._say("error", f"the changed configuration is refused: {outcome.error}")
+            data = msgspec.json.format(msgspec.json.encode(outcome)) + b"\n"
+            node_file.write_private(reloading.outcome_path(self.plan.state), data)
+
+    def write(self, signals: Signals) -> None:
+        """Write the configuration that parts read when they start or are asked to."""
+        write_effective_config(self.plan.state, signals)
+
+    def take(self, signals: Signals) -> None:
+        """Go on with this configuration."""
+        self.write(signals)
+        self.plan = replace(self.plan, signals=signals)
+
+    async def renew(self, service: str, seconds: float) -> None:
+        """End and start each part of a service, one after the other.  Raises `TryAgain` for one that takes too long."""
+        for part in [p for p in self.parts if p.service == service and p.child is not None]:
+            former = part.child
+            part.renewing = True
+            if former is not None:
+                former.send(signal.SIGTERM)
+            with anyio.move_on_after(seconds) as scope:
+                while part.child is former or part.state != "ready":
+                    if part.state in ("failed", "stopped"):
+                        raise TryAgain(f"{part.name} does not start with it: {part.error}", hint=part.hint)
+                    await anyio.sleep(0.02)
+            if scope.cancelled_caught:
+                raise TryAgain(f"{part.name} has not come back in {seconds:.0f} s", hint=f"its log is {part.log.path}")
+
     async def _watch_signals(self) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as received:
-            async for _ in received:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        with anyio.open_signal_receiver(*numbers) as received:
+            async for number in received:
+                if number == signal.SIGUSR1 or (number == signal.SIGHUP and self.plan.hangup_reloads):
+                    self._reload.set()
+                    continue
                 if self._stopping.is_set():
                     self._say("warning", "ending at once; the next start recovers what is on disk")
                 else:

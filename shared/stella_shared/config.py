@@ -456,6 +456,16 @@ class Signals(_Section, frozen=True):
             le=100_000_000,
         ),
     ] = 0
+    max_events_per_second_per_container: Annotated[
+        int,
+        _number(
+            "The same for each container by itself (each cgroup, to be exact), so that a loud one costs the others "
+            "nothing. 0: unlimited.",
+            unit="events per second",
+            ge=0,
+            le=100_000_000,
+        ),
+    ] = 0
     rotation: Annotated[Rotation, _key("When a chunk is closed.")] = Rotation()
     signing: Annotated[Signing, _key("How chunks are signed.")] = Signing()
     rekor: Annotated[Rekor, _key("The transparency log and its surroundings.")] = Rekor()

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from stella_shared.errors import BrokenPromise
 
-EVENT_TYPES: Final = ("file_open", "process_exec", "tcp_state", "net_connect", "ssl_op", "function_call")
+EVENT_TYPES: Final = ("file_open", "process_exec", "tcp_state", "net_connect", "ssl_op", "function_call", "throttle")
 
 # ---- records: bpf/include/stella_record.h, decoded -------------------------------------------------------
 
@@ -35,11 +35,12 @@ TCP_STATE_BODY: Final = struct.Struct("<HHHBB16s16sII")
 NET_CONNECT_BODY: Final = struct.Struct("<qiHHHHBBBB16s16s")
 SSL_OP_BODY: Final = struct.Struct("<qQII")
 FUNCTION_CALL_BODY: Final = struct.Struct("<QQQQIHBB20sI")
+THROTTLE_BODY: Final = struct.Struct("<QQQQII")
 STACK_FRAME: Final = struct.Struct("<i20sQ")
 #: Frames stand behind a path buffer of this fixed size.
 NET_PATH_BYTES: Final = 112
 
-FILE_OPEN, PROCESS_EXEC, TCP_STATE, NET_CONNECT, SSL_OP, FUNCTION_CALL = 1, 2, 3, 4, 5, 6
+FILE_OPEN, PROCESS_EXEC, TCP_STATE, NET_CONNECT, SSL_OP, FUNCTION_CALL, THROTTLE = 1, 2, 3, 4, 5, 6, 7
 TYPE_NAMES: Final = {
     FILE_OPEN: "file_open",
     PROCESS_EXEC: "process_exec",
@@ -47,6 +48,7 @@ TYPE_NAMES: Final = {
     NET_CONNECT: "net_connect",
     SSL_OP: "ssl_op",
     FUNCTION_CALL: "function_call",
+    THROTTLE: "throttle",
 }
 #: enum stella_call → `src` of the evidence line.
 CALL_SOURCES: Final = (
@@ -66,9 +68,10 @@ CALL_SOURCES: Final = (
     "uprobe:SSL_read_ex",
     "uprobe:SSL_write_ex",
     "uprobe:function_entry",
+    "throttle",
 )
 #: Which type of record each call makes.
-CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 6)
+CALL_TYPES: Final = (1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 6, 7)
 _STATUS_OK, _STATUS_TRUNCATED, _STATUS_FAULT, _STATUS_ABSENT = 0, 1, 2, 3
 _WALKED_FILE, _WALKED_DIRECTORY = 1, 2
 _WALK_CUT, _WALK_UNLINKED, _WALK_DETACHED = 1, 2, 4
@@ -306,7 +309,26 @@ class FunctionCall(_Event, frozen=True, tag="function_call"):
     ) = None
 
 
-Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp | FunctionCall
+class Throttle(_Event, frozen=True, tag="throttle"):
+    """A limit of the configuration began to cost records, or ceased to.  Names no process: it is about many.
+
+    What it cost is part of the chunk's losses, cause `rate_limit`; this line says when, and whose.
+    """
+
+    limit_per_second: Annotated[int, Meta(ge=0, description="The limit, in tenths of a second rounded up.")]
+    scope: Annotated[
+        Literal["node", "cgroup"],
+        Meta(description="`cgroup`: the limit of each container, and the line's `cgroup_id` is whose. `node`: of all."),
+    ]
+    since_ns: Annotated[int, Meta(ge=0, description="When the limit began to cost records, ns since boot.")]
+    state: Annotated[
+        Literal["start", "stop"], Meta(description="A stop comes when it has cost nothing for 300 ms, or is lifted.")
+    ]
+    dropped: Annotated[int, Meta(ge=0, description="Of a stop: the records that it cost meanwhile.")] | None = None
+    until_ns: Annotated[int, Meta(ge=0, description="Of a stop: when it last cost one.")] | None = None
+
+
+Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp | FunctionCall | Throttle
 
 
 class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -727,6 +749,18 @@ def _function_call(body: bytes, libraries: list[str]) -> FunctionCall:
     )
 
 
+def _throttle(body: bytes) -> Throttle:
+    since_ns, until_ns, dropped, limit, scope, stop = THROTTLE_BODY.unpack_from(body)
+    return Throttle(
+        limit_per_second=limit,
+        scope="cgroup" if scope else "node",
+        since_ns=since_ns,
+        state="stop" if stop else "start",
+        dropped=dropped if stop else None,
+        until_ns=until_ns if stop else None,
+    )
+
+
 def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Event:
     """Decode a record's body.  Raises `BrokenPromise` when it cannot be one."""
     if call >= len(CALL_TYPES) or kind != CALL_TYPES[call]:
@@ -745,6 +779,8 @@ def decode_event(kind: int, call: int, body: bytes, libraries: list[str]) -> Eve
                 return _ssl_op(body, call, libraries)
             case 6:
                 return _function_call(body, libraries)
+            case 7:
+                return _throttle(body)
     except (struct.error, ValueError, IndexError) as e:
         raise BrokenPromise(f"a record of type {kind}: {e}") from None
     raise BrokenPromise(f"a record of unknown type {kind}")

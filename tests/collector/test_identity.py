@@ -406,7 +406,8 @@ async def test_what_hangs_holds_no_batch_up(monkeypatch: pytest.MonkeyPatch) -> 
     """Where a program's file does not answer, the batch goes on after some milliseconds, and the next ones at once."""
     cat = kernel_program(os.path.realpath("/bin/cat"))
     namer = Namer(lambda _: None, lambda _: cat, settle_seconds=0.05)
-    monkeypatch.setattr(naming, "read_build_id", lambda _: threading.Event().wait(20))
+    hangs = threading.Event()
+    monkeypatch.setattr(naming, "read_build_id", lambda _: ("", "program_gone") if hangs.wait(20) else ("", "never"))
     begun = time.monotonic()
     for key in range(100, 120):
         names = names_of(key, 1, 1)
@@ -414,6 +415,7 @@ async def test_what_hangs_holds_no_batch_up(monkeypatch: pytest.MonkeyPatch) -> 
         assert "build_id_pending" == namer.names(names)[1][key].reason
     assert time.monotonic() - begun < 0.5
     assert 20 == namer.missing["build_id_pending"]
+    hangs.set()
 
 
 async def test_numbers_without_a_name_say_why() -> None:

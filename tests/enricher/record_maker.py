@@ -200,8 +200,33 @@ TLS = st.tuples(
     st.integers(11, 14),
     st.builds(events.SSL_OP_BODY.pack, S64, U64, st.integers(0, 3), st.just(0)),
 )
+THROTTLES = st.tuples(
+    st.just(events.THROTTLE),
+    st.just(16),
+    st.builds(events.THROTTLE_BODY.pack, U64, U64, U64, U64, st.integers(0, 1), st.integers(0, 1)),
+)
+
+
+def function_call(symbol: bytes, frames: list[tuple[int, bytes, int]], **fields: int) -> bytes:
+    """Return the body of a function_call."""
+    get = fields.get
+    fixed = events.FUNCTION_CALL_BODY.pack(
+        get("offset", 0), get("count", 1), get("first_ns", 0), get("last_ns", 0), get("library", 0), len(symbol),
+        get("id_bytes", 20), len(frames), b"\xab" * 20, len(symbol) + get("cut", 0),
+    )  # fmt: skip
+    return fixed + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames) + symbol
+
+
+FUNCTIONS = st.tuples(
+    st.just(events.FUNCTION_CALL),
+    st.just(15),
+    st.builds(
+        function_call, NAMES, FRAMES, offset=U64, count=st.integers(1, 2**64 - 1), first_ns=U64, last_ns=U64,
+        library=st.integers(0, 3), id_bytes=st.integers(0, 20), cut=st.integers(0, 9),
+    ),
+)  # fmt: skip
 #: (type, call, body) of anything the kernel side may send.
-ANYTHING = st.one_of(OPENS, EXECS, STATES, CONNECTS, TLS)
+ANYTHING = st.one_of(OPENS, EXECS, STATES, CONNECTS, TLS, FUNCTIONS, THROTTLES)
 
 
 def split(data: bytes) -> list[bytes]:

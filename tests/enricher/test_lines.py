@@ -60,7 +60,7 @@ PROGRAMS = {
 
 def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container: Container) -> bytes:
     """Return a record's line, made the obvious way."""
-    nobody = isinstance(event, events.TcpState) and event.attribution == "none"
+    nobody = isinstance(event, events.Throttle) or (isinstance(event, events.TcpState) and event.attribution == "none")
     stranger = container.container_id.startswith("unknown:")
     program = batch.programs.get(r.program, FORGOTTEN_PROGRAM) if r.program else Program("")
     return events.encode_line(

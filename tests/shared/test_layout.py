@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stella_collector import accounting, kernel, ring
+from stella_collector import accounting, filtering, kernel, ring
 from stella_collector.binaries import attaching, notices, question
 from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, probes_of
 from stella_shared import events, wire
@@ -66,15 +66,16 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     "stella_file_id": (notices.FILE.format, "inode changed_ns device generation"),
     "stella_mapped": ("<QII", "inode device found"),
     "stella_flush": ("<QQ", "written left"),
+    "stella_throttle": (events.THROTTLE_BODY.format, "since_ns until_ns dropped limit_per_second scope stop"),
     "stella_lane": (
         "<7Q9Q",
         "taken lost_ring_full lost_rate_limit lost_inflight filtered_target filtered_path filtered_network",
     ),
     # kernel.py packs this one into .rodata, and the next one into .bss.
     "stella_config": (
-        kernel.CONFIG.format,
-        "scoped path_allow path_deny network_allow network_deny kernel_paths max_events_per_window v1_hierarchy "
-        "reserved",
+        filtering.CONFIG.format,
+        "scoped path_allow path_deny network_allow network_deny kernel_paths max_events_per_window "
+        "max_cgroup_events_per_window v1_hierarchy reserved",
     ),
     "stella_scope": ("<QQ", "cgroup_levels namespaces"),
 }
@@ -114,7 +115,7 @@ NOTICE = ("<Q24sII", "ts_ns file tgid kind")
 
 #: tcp_state, ssl_op and function_call records are put together on the stack or in the ring, so the object's type
 #: information has no need of them.
-IN_BTF = sorted(set(LAYOUTS) - {"stella_tcp_state", "stella_ssl_op", "stella_function_call"})
+IN_BTF = sorted(set(LAYOUTS) - {"stella_tcp_state", "stella_ssl_op", "stella_function_call", "stella_throttle"})
 
 
 @pytest.mark.parametrize("name", IN_BTF)
@@ -163,7 +164,7 @@ def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None
         for program in probe.programs()
     }
     # What no single probe owns: attached to the files of all of them.
-    assert wanted | {"stella_mkdir"} | set(_NOTICE_PROGRAMS) | set(_FUNCTION_PROGRAMS) == names
+    assert wanted | {"stella_mkdir", "stella_limits"} | set(_NOTICE_PROGRAMS) | set(_FUNCTION_PROGRAMS) == names
 
 
 def enum_values(name: str) -> dict[str, int]:

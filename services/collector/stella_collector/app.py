@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -27,9 +29,10 @@ from stella_collector.naming import Namer
 from stella_collector.ring import Drained
 from stella_collector.runs import Runs
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, events, lifecycle, metrics, subjects
+from stella_shared import VERSION, clock, config, events, lifecycle, metrics, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
+from stella_shared.config import Signals, bus_url, bus_user, node_name
+from stella_shared.errors import StellaError
 from stella_shared.wire import RAW_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
@@ -80,11 +83,12 @@ class Collector:
         self._fixed = {
             "bpf_object_sha256": sha256_of(OBJECT),
             "btf_sha256": sha256_of(BTF),
-            "config_sha256": digest(signals),
+            "config_sha256": config.digest(signals),
             "libbpf": lib.version,
             "reader": type(kernel.ring).__name__,
             "version": VERSION,
         }
+        self.config_state: dict[str, str] = {"sha256": self._fixed["config_sha256"]}
         self._coverage = b""
         self._coverage_due = 0.0
         self._targets: list[targets.Target] = []
@@ -237,6 +241,7 @@ class Collector:
         scan_due = 0.0
         while True:
             await anyio.sleep(TARGETS_SECONDS)
+            self.kernel.tell_limits()
             wanted = targets.any_wanted(self.signals)
             moved = self.look_for_targets() if wanted else False
             changed = moved
@@ -257,6 +262,34 @@ class Collector:
             await anyio.wait_readable(notices.fd)
             if await anyio.to_thread.run_sync(self.kernel.binaries.look_at_notices):
                 self.write_coverage()
+
+    async def heed_reloads(self, path: Path | None) -> None:
+        """Take up the configuration at `path` whenever a hang-up says that it has changed."""
+        with anyio.open_signal_receiver(signal.SIGHUP) as hangups:
+            async for _ in hangups:
+                self.reload(path)
+
+    def reload(self, path: Path | None) -> None:
+        """Take up the configuration at `path`; one that cannot be is refused, and the old one holds."""
+        try:
+            signals = config.load(path, os.environ)
+        except StellaError as e:
+            self.config_state = {**self.config_state, "refused": str(e), "refused_sha256": ""}
+            return
+        asked = config.digest(signals)
+        try:
+            self.kernel.apply(signals)
+        except StellaError as e:
+            log.error("the changed configuration is refused: %s", e)
+            self.config_state = {**self.config_state, "refused": str(e), "refused_sha256": asked}
+            return
+        self.signals = signals
+        self._fixed["config_sha256"] = asked
+        self.config_state = {"sha256": asked}
+        logging.getLogger().setLevel(signals.logging.level.upper())
+        self.look_for_targets()
+        self.write_coverage()
+        log.info("the changed configuration is taken up")
 
     def look_for_targets(self) -> bool:
         """Resolve the targets anew; return whether that changed anything."""
@@ -320,6 +353,7 @@ class Collector:
             detail={
                 "run": self.runs.current,
                 "boot_id": self.boot_id,
+                "config": self.config_state,
                 "records": self.records,
                 "batches": self.number,
                 "published": self.spool.published,
@@ -350,8 +384,8 @@ class Collector:
         )
 
 
-async def serve(signals: Signals) -> None:
-    """Run the collector until it is told to stop."""
+async def serve(signals: Signals, path: Path | None = None) -> None:
+    """Run the collector until it is told to stop.  `path`: the configuration, which may change meanwhile."""
     lib = Libbpf()
     runs = Runs(signals)
     with lifecycle.stop_event() as stop, Kernel(signals, lib) as kernel:
@@ -369,6 +403,7 @@ async def serve(signals: Signals) -> None:
                 tasks.start_soon(collector.spool.run)
                 tasks.start_soon(collector.watch_surroundings)
                 tasks.start_soon(collector.heed_notices)
+                tasks.start_soon(collector.heed_reloads, path)
                 tasks.start_soon(lifecycle.beating, bus, collector.beat, drained)
                 await collector.drain_until(stop)
                 await collector.finish()

@@ -49,6 +49,7 @@ class Coverage(msgspec.Struct, frozen=True):
     libbpf: str
     libraries: list[str]
     max_events_per_second: int
+    max_events_per_second_per_container: int
     probes: list[ProbeCoverage]
     reader: str
     ring_buffer_bytes: int
@@ -92,6 +93,7 @@ def document(
             libbpf=libbpf,
             libraries=sorted(libraries),
             max_events_per_second=signals.max_events_per_second,
+            max_events_per_second_per_container=signals.max_events_per_second_per_container,
             probes=[
                 ProbeCoverage(s.name, True, s.attach_point, s.scope)
                 if s.attached

@@ -36,7 +36,7 @@ def main() -> int:
         elif arguments.replay:
             anyio.run(replay.serve, signals, arguments.replay)
         else:
-            anyio.run(app.serve, signals)
+            anyio.run(app.serve, signals, arguments.config)
     except* StellaError as group:
         error = first(group)
         print(f"Error: {error}" + (f"\nHint: {error.hint}" if error.hint else ""), file=sys.stderr)

@@ -16,7 +16,6 @@ import ctypes
 import errno
 import glob
 import hashlib
-import ipaddress
 import logging
 import mmap
 import os
@@ -33,13 +32,13 @@ from stella_collector.accounting import LANE_STRIDE
 from stella_collector.binaries.attaching import FUNCTIONS_MAX
 from stella_collector.binaries.choosing import Library
 from stella_collector.binaries.watch import Binaries
+from stella_collector.filtering import Filtering
 from stella_collector.libbpf import NATIVE, Libbpf, Link, Object
 from stella_collector.naming import KernelProgram
 from stella_collector.ring import open_ring
 from stella_shared.config import Signals
-from stella_shared.errors import NotFound, NotPermitted, StellaError
+from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError
 from stella_shared.events import text
-from stella_shared.patterns import compile_paths
 from stella_shared.wire import LANE_KINDS
 
 log = logging.getLogger(__name__)
@@ -55,15 +54,14 @@ _NOTICE_PROGRAMS: Final = ("stella_note_exec", "stella_note_map", "stella_real_i
 _FUNCTION_PROGRAMS: Final = (
     "stella_fn_trace", "stella_fn_count", "stella_fn_trace1", "stella_fn_count1", "stella_fn_flush", "stella_fn_exit",
 )  # fmt: skip
-_RATE_WINDOWS_PER_SECOND: Final = 10
-_PATH_KEY_BYTES: Final = 252
 #: struct stella_program and struct stella_cgroup, without their paths, which end at WALK_MAX of WALK_ROOM bytes.
 PROGRAM_HEAD: Final = struct.Struct("<QIHBB")
 CGROUP_HEAD: Final = struct.Struct("<HBBI")
-CONFIG: Final = struct.Struct("<6IQ2I")
 WALK_MAX, WALK_ROOM = 512, 768
 #: Follows new cgroups for target containers; no probe of the configuration.
 _MKDIR: Final = "stella_mkdir"
+#: Tells when a limit has ceased to cost records; run by us.
+_LIMITS: Final = "stella_limits"
 _LIBSSL_GLOBS: Final = (
     "/lib/*-linux-gnu/libssl.so.*",
     "/usr/lib/*-linux-gnu/libssl.so.*",
@@ -216,17 +214,6 @@ def sha256_of(path: Path) -> str:
         return ""
 
 
-def _address_key(network: str) -> bytes:
-    parsed = ipaddress.ip_network(network, strict=False)
-    if parsed.version == 4:
-        return struct.pack("<I", 96 + parsed.prefixlen) + b"\0" * 10 + b"\xff\xff" + parsed.network_address.packed
-    return struct.pack("<I", parsed.prefixlen) + parsed.network_address.packed
-
-
-def _path_key(prefix: bytes) -> bytes:
-    return struct.pack("<I", len(prefix) * 8) + prefix.ljust(_PATH_KEY_BYTES, b"\0")
-
-
 class Kernel:
     """The loaded programs, their maps and links.  One owner, one thread at a time."""
 
@@ -247,6 +234,8 @@ class Kernel:
                 state.reason = "switched off in the configuration"
         self._links: dict[str, list[Link]] = {}
         self._object = self._load([p for p, wanted in self._probes if wanted])
+        self._filtering = Filtering(self._object)
+        self._filtering.apply(signals, scoped=self._scoped)
         loaded = [p for p, wanted in self._probes if wanted and self._state(p.name).kernel]
         self.binaries = Binaries(
             signals,
@@ -271,8 +260,9 @@ class Kernel:
         signals = self._signals
         obj = Object(self._lib, OBJECT)
         names = {name for probe in wanted for name in probe.programs()} | set(extras)
-        if signals.filters.target_containers:
+        if self._scoped:
             names.add(_MKDIR)
+        names.add(_LIMITS)
         for name, program in obj.programs.items():
             program.set_autoload(name in names)
         obj.set_max_entries("stella_ring", signals.ring_buffer_size)
@@ -282,38 +272,11 @@ class Kernel:
         if any(entry.mode == "count" for entry in signals.probes.functions):
             obj.set_max_entries("stella_counts", COUNTERS_MAX)
             obj.set_max_entries("stella_counted", COUNTERS_MAX // 4)
-        paths = compile_paths(signals.filters.paths.allowlist, signals.filters.paths.denylist, _PATH_KEY_BYTES)
-        networks = signals.filters.networks
-        obj.set_data(
-            ".rodata",
-            CONFIG.pack(
-                self._scoped,
-                not paths.allow_all,
-                bool(paths.deny_prefixes),
-                bool(networks.allowlist),
-                bool(networks.denylist),
-                signals.probes.kernel_paths == "always",
-                -(-signals.max_events_per_second // _RATE_WINDOWS_PER_SECOND),
-                targets.v1_hierarchy(),
-                0,
-            ),
-        )
         try:
             obj.load()
         except StellaError:
             obj.close()
             raise
-        if not paths.allow_all:
-            for prefix in paths.allow_prefixes:
-                obj.update("path_allow", _path_key(prefix), b"\1")
-        for prefix in paths.deny_prefixes:
-            obj.update("path_deny", _path_key(prefix), b"\1")
-        for network in networks.allowlist:
-            obj.update("network_allow", _address_key(network), b"\1")
-        for network in networks.denylist:
-            obj.update("network_deny", _address_key(network), b"\1")
-        for asked in signals.filters.target_containers:
-            obj.update("stella_target_names", targets.name_key(asked), b"\1")
         return obj
 
     def _load(self, wanted: list[Probe]) -> Object:
@@ -365,7 +328,7 @@ class Kernel:
                 state.attached = True
             except StellaError as e:
                 self._refused(state, e)
-        if self._signals.filters.target_containers:
+        if self._scoped:
             # Without it a container that starts later is found by looking, a quarter of a second late.
             with contextlib.suppress(StellaError):
                 self._links[_MKDIR] = [self._object.programs[_MKDIR].attach("tp_btf/cgroup_mkdir")]
@@ -435,7 +398,22 @@ class Kernel:
         """Names of files that records refer to by index."""
         return self.binaries.libraries
 
-    # ---- targets
+    # ---- filters, limits, targets
+
+    def apply(self, signals: Signals) -> None:
+        """Record by this configuration from now on.  Raises `ConfigError` when it is one that needs a new start."""
+        if targets.any_wanted(signals) != self._scoped:
+            raise ConfigError(
+                "a running node cannot change between watching its targets and watching everything",
+                hint="stop it and start it with the new configuration",
+            )
+        targets.resolve(signals)
+        self._filtering.apply(signals, scoped=self._scoped)
+        self._signals = signals
+
+    def tell_limits(self) -> None:
+        """Have the programs tell which limits have ceased to cost records."""
+        self._object.programs[_LIMITS].run(bytearray(8))
 
     def set_targets(self, found: list[targets.Target]) -> bool:
         """Tell the programs who is watched; return whether that changed."""

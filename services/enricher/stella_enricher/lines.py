@@ -40,6 +40,7 @@ from stella_shared.events import (
     NetConnect,
     ProcessExec,
     TcpState,
+    Throttle,
     decode_event,
     text,
     unpack_batch,
@@ -142,7 +143,7 @@ class Lines(ABC):
             comm=f'"comm":{_text(name)},',
             event=f'"event":{_json(event).decode()},' if wanted else "",
             source=f'"src":{_text(CALL_SOURCES[call])},',
-            anonymous=isinstance(event, TcpState) and event.attribution == "none",
+            anonymous=isinstance(event, Throttle) or (isinstance(event, TcpState) and event.attribution == "none"),
         )
 
     def _redacted(self, event: ProcessExec) -> ProcessExec:

@@ -1,0 +1,76 @@
+"""What the kernel side is told to record: filters and limits, as its maps hold them; written once more by a reload.
+
+New prefixes and networks are added before the switches that make them count, old ones are taken away after: so
+while a reload is under way an event is judged by the old lists, the new ones, or both together.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from typing import Final
+
+from stella_collector import targets
+from stella_collector.libbpf import Object
+from stella_shared.config import Signals
+from stella_shared.patterns import compile_paths
+
+#: struct stella_config.
+CONFIG: Final = struct.Struct("<6I2Q2I")
+WINDOWS_PER_SECOND: Final = 10
+PATH_KEY_BYTES: Final = 252
+
+
+class Filtering:
+    """The filter maps of a loaded object."""
+
+    def __init__(self, obj: Object) -> None:
+        self._object = obj
+        self._written: dict[str, set[bytes]] = {}
+
+    def apply(self, signals: Signals, *, scoped: bool) -> None:
+        """Make the programs record by this configuration.  `scoped`: targets alone are recorded."""
+        paths = compile_paths(signals.filters.paths.allowlist, signals.filters.paths.denylist, PATH_KEY_BYTES)
+        networks = signals.filters.networks
+        wanted = {
+            "path_allow": set() if paths.allow_all else {_path_key(prefix) for prefix in paths.allow_prefixes},
+            "path_deny": {_path_key(prefix) for prefix in paths.deny_prefixes},
+            "network_allow": {_address_key(network) for network in networks.allowlist},
+            "network_deny": {_address_key(network) for network in networks.denylist},
+            "stella_target_names": {targets.name_key(asked) for asked in signals.filters.target_containers},
+        }
+        for name, keys in wanted.items():
+            for key in keys - self._written.get(name, set()):
+                self._object.update(name, key, b"\1")
+        config = CONFIG.pack(
+            scoped,
+            not paths.allow_all,
+            bool(paths.deny_prefixes),
+            bool(networks.allowlist),
+            bool(networks.denylist),
+            signals.probes.kernel_paths == "always",
+            _per_window(signals.max_events_per_second),
+            _per_window(signals.max_events_per_second_per_container),
+            targets.v1_hierarchy(),
+            0,
+        )
+        self._object.update(".data.config", struct.pack("<I", 0), config)
+        for name, keys in wanted.items():
+            for key in self._written.get(name, set()) - keys:
+                self._object.delete(name, key)
+        self._written = wanted
+
+
+def _per_window(per_second: int) -> int:
+    return -(-per_second // WINDOWS_PER_SECOND)
+
+
+def _address_key(network: str) -> bytes:
+    parsed = ipaddress.ip_network(network, strict=False)
+    if parsed.version == 4:
+        return struct.pack("<I", 96 + parsed.prefixlen) + b"\0" * 10 + b"\xff\xff" + parsed.network_address.packed
+    return struct.pack("<I", parsed.prefixlen) + parsed.network_address.packed
+
+
+def _path_key(prefix: bytes) -> bytes:
+    return struct.pack("<I", len(prefix) * 8) + prefix.ljust(PATH_KEY_BYTES, b"\0")
