@@ -35,6 +35,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define AT_FDCWD -100
 #define ROOT_CGROUP 1
 #define MAX_CGROUP_DEPTH 12
+#define STELLA_STACK_BYTES (STELLA_STACK_MAX * sizeof(struct stella_frame))
 #define RATE_WINDOW_NS 100000000ULL
 #define RATE_WINDOWS_PER_SECOND 10
 /* A throttle has ended when it has cost nothing for this long. */
@@ -101,7 +102,7 @@ struct inflight {
 	__u16 open_call; /* enum stella_call + 1; 0: nothing open */
 	__u16 net_call;
 	__u16 u_net_call;
-	__u16 frames;
+	__u16 frames; /* of the uprobe's call, or of the exec that is under way */
 	__s32 u_fd;
 	__u32 u_length;
 	__u64 u_pointer;
@@ -157,7 +158,7 @@ struct {
 struct open_record {
 	struct stella_header h;
 	struct stella_file_open b;
-	char path[STELLA_PATH_MAX + STELLA_WALK_MAX];
+	char path[STELLA_PATH_MAX + STELLA_WALK_MAX + STELLA_STACK_BYTES];
 };
 struct exec_record {
 	struct stella_header h;
@@ -169,10 +170,15 @@ struct net_record {
 	struct stella_net_connect b;
 	char path[STELLA_UNIX_PATH_MAX + 4];
 };
+/* Of a system call: frames stand right behind the path. Of a uprobe they stand behind all of its room. */
+struct net_syscall_record {
+	struct net_record n;
+	char room[STELLA_STACK_BYTES];
+};
 union scratch {
 	struct open_record open;
 	struct exec_record exec;
-	struct net_record net;
+	struct net_syscall_record net;
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -619,7 +625,19 @@ static __always_inline __u32 add_walked(struct open_record *r, __s32 dfd, long r
 	return size;
 }
 
-static __always_inline int open_exit(__u16 call, long result)
+static __always_inline bool wants_stack(__u32 type)
+{
+	return config.stacks >> type & 1;
+}
+
+/* Write the running task's user stack, as build-ids and offsets; returns the frames that were written. */
+static __always_inline __u32 stack_at(void *ctx, void *at)
+{
+	long n = bpf_get_stack(ctx, at, STELLA_STACK_BYTES, BPF_F_USER_STACK | BPF_F_USER_BUILD_ID);
+	return n > 0 ? (__u32)n / sizeof(struct stella_frame) : 0;
+}
+
+static __always_inline int open_exit(void *ctx, __u16 call, long result)
 {
 	struct inflight *f = recall();
 	if (!f || f->open_call != call + 1)
@@ -662,12 +680,19 @@ static __always_inline int open_exit(__u16 call, long result)
 	r->b.walked = STELLA_WALKED_NOTHING;
 	r->b.walked_len = 0;
 	r->b.walked_flags = 0;
-	r->b.reserved = 0;
+	r->b.frames = 0;
 	r->b.lpm_prefixlen = 0;
-	__u64 size = sizeof(r->h) + sizeof(r->b) + length;
+	__u32 end = length;
 	bool absolute = r->b.path_status != STELLA_FAULT && r->path[0] == '/';
 	if (!absolute || (config.kernel_paths && result >= 0))
-		size += add_walked(r, f->fd, result, length);
+		end += add_walked(r, f->fd, result, length);
+	if (end > STELLA_PATH_MAX + STELLA_WALK_MAX)
+		end = STELLA_PATH_MAX + STELLA_WALK_MAX;
+	__u64 size = sizeof(r->h) + sizeof(r->b) + end;
+	if (wants_stack(STELLA_FILE_OPEN)) {
+		r->b.frames = stack_at(ctx, &r->path[end]);
+		size += r->b.frames * sizeof(struct stella_frame);
+	}
 	if (size > sizeof(*r))
 		size = sizeof(*r);
 	r->h.size = size;
@@ -684,7 +709,7 @@ int stella_open_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_open")
 int stella_open_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(STELLA_CALL_OPEN, ctx->ret);
+	return open_exit(ctx, STELLA_CALL_OPEN, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_enter_openat")
@@ -696,7 +721,7 @@ int stella_opena_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_openat")
 int stella_opena_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(STELLA_CALL_OPENAT, ctx->ret);
+	return open_exit(ctx, STELLA_CALL_OPENAT, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_enter_openat2")
@@ -711,7 +736,7 @@ int stella_open2_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_openat2")
 int stella_open2_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(STELLA_CALL_OPENAT2, ctx->ret);
+	return open_exit(ctx, STELLA_CALL_OPENAT2, ctx->ret);
 }
 
 /* ---- exec ---------------------------------------------------------------------------------------------- */
@@ -767,13 +792,14 @@ int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_bi
 	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_EXEC);
 	if (!lane)
 		return 0;
-	fill_current(&r->h, own_storage());
+	struct inflight *f = own_storage();
+	fill_current(&r->h, f);
 	r->h.type = STELLA_PROCESS_EXEC;
 	r->h.call = STELLA_CALL_EXEC;
 	struct inode *inode = BPF_CORE_READ(task, mm, exe_file, f_inode);
 	r->b.inode = BPF_CORE_READ(inode, i_ino);
 	r->b.device = BPF_CORE_READ(inode, i_sb, s_dev);
-	r->b.reserved = 0;
+	r->b.frames = 0;
 	r->b.directory_len = 0;
 	r->b.directory_flags = 0;
 	name_ancestors(r, task);
@@ -809,14 +835,44 @@ int BPF_PROG(stella_exec, struct task_struct *task, int old_tid, struct linux_bi
 		length = 0;
 	}
 	r->b.argv_len = length;
-	__u64 size = sizeof(r->h) + sizeof(r->b) + at + length;
+	__u32 tail = at + length;
 	if (r->b.filename_status != STELLA_FAULT && r->data[0] != '/')
-		size += add_directory(r, task, at + length);
+		tail += add_directory(r, task, tail);
+	__u64 size = sizeof(r->h) + sizeof(r->b) + tail;
+	if (f && f->frames && wants_stack(STELLA_PROCESS_EXEC)) {
+		r->b.frames = f->frames > STELLA_STACK_MAX ? STELLA_STACK_MAX : f->frames;
+		bpf_probe_read_kernel(&r->data[tail & (STELLA_NAME_MAX * 8 - 1)], STELLA_STACK_BYTES, f->stack);
+		size += r->b.frames * sizeof(struct stella_frame);
+		f->frames = 0;
+	}
 	if (size > sizeof(*r))
 		size = sizeof(*r);
 	r->h.size = size;
 	submit(lane, STELLA_LANE_EXEC, r, size);
 	return 0;
+}
+
+/* Who asked for the exec: afterwards the stack is another program's. */
+static __always_inline int exec_entry(void *ctx)
+{
+	if (!wants_stack(STELLA_PROCESS_EXEC) || !current_in_scope())
+		return 0;
+	struct inflight *f = own_storage();
+	if (f)
+		f->frames = stack_at(ctx, f->stack);
+	return 0;
+}
+
+SEC("tracepoint/syscalls/sys_enter_execve")
+int stella_execve(struct trace_event_raw_sys_enter *ctx)
+{
+	return exec_entry(ctx);
+}
+
+SEC("tracepoint/syscalls/sys_enter_execveat")
+int stella_execveat(struct trace_event_raw_sys_enter *ctx)
+{
+	return exec_entry(ctx);
 }
 
 /* ---- TCP states ---------------------------------------------------------------------------------------- */
@@ -1018,7 +1074,7 @@ static __always_inline int net_entry(__u16 call, __s32 fd, unsigned long pointer
 	return 0;
 }
 
-static __always_inline int net_exit(__u16 call, long result)
+static __always_inline int net_exit(void *ctx, __u16 call, long result)
 {
 	struct inflight *f = recall();
 	if (!f || f->net_call != call + 1)
@@ -1028,7 +1084,7 @@ static __always_inline int net_exit(__u16 call, long result)
 	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &zero);
 	if (!s)
 		return 0;
-	struct net_record *r = &s->net;
+	struct net_record *r = &s->net.n;
 	__builtin_memset(r, 0, sizeof(*r));
 	if (call == STELLA_CALL_CONNECT)
 		peer_of_connect(r, f->pointer, f->length, f->fd);
@@ -1053,6 +1109,12 @@ static __always_inline int net_exit(__u16 call, long result)
 	if (length > STELLA_UNIX_PATH_MAX)
 		length = STELLA_UNIX_PATH_MAX;
 	__u64 size = sizeof(r->h) + sizeof(r->b) + length;
+	if (wants_stack(STELLA_NET_CONNECT)) {
+		r->b.frames = stack_at(ctx, &r->path[length]);
+		size += r->b.frames * sizeof(struct stella_frame);
+	}
+	if (size > sizeof(s->net))
+		size = sizeof(s->net);
 	r->h.size = size;
 	submit(lane, STELLA_LANE_SYSCALL, r, size);
 	return 0;
@@ -1067,7 +1129,7 @@ int stella_conn_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_connect")
 int stella_conn_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return net_exit(STELLA_CALL_CONNECT, ctx->ret);
+	return net_exit(ctx, STELLA_CALL_CONNECT, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_enter_accept")
@@ -1079,7 +1141,7 @@ int stella_acc_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_accept")
 int stella_acc_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return net_exit(STELLA_CALL_ACCEPT, ctx->ret);
+	return net_exit(ctx, STELLA_CALL_ACCEPT, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_enter_accept4")
@@ -1091,7 +1153,7 @@ int stella_acc4_en(struct trace_event_raw_sys_enter *ctx)
 SEC("tracepoint/syscalls/sys_exit_accept4")
 int stella_acc4_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return net_exit(STELLA_CALL_ACCEPT4, ctx->ret);
+	return net_exit(ctx, STELLA_CALL_ACCEPT4, ctx->ret);
 }
 
 /* ---- the same as uprobes on libc, for the caller's stack --------------------------------------------------- */

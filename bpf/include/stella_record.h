@@ -115,9 +115,9 @@ struct stella_file_open {
 	__u8 path_status;
 	__u8 walked; /* enum stella_walked */
 	__u8 walked_flags;
-	__u8 reserved;
+	__u8 frames;
 	__u32 lpm_prefixlen; /* must stand right before the path: both are the key of the prefix tries */
-	/* path_len bytes of path, walked_len bytes of walked path follow */
+	/* path_len bytes of path, walked_len bytes of walked path, frames * struct stella_frame follow */
 };
 
 struct stella_ancestor {
@@ -139,9 +139,9 @@ struct stella_process_exec {
 	__u8 argv_status;
 	__u8 directory_flags;
 	__u8 ancestors_count;
-	__u32 reserved;
+	__u32 frames;
 	struct stella_ancestor ancestors[STELLA_ANCESTORS_MAX]; /* the parent first */
-	/* filename, interpreter, argv (zero-separated), directory follow */
+	/* filename, interpreter, argv (zero-separated), directory, frames * struct stella_frame follow */
 };
 
 /* What a program key means. Written once, in place; `ready` comes last. */
@@ -310,7 +310,7 @@ struct stella_config {
 	__u64 max_events_per_window; /* 0: no limit; a window is 100 ms */
 	__u64 max_cgroup_events_per_window;
 	__u32 v1_hierarchy;	     /* id of the cgroup v1 hierarchy of the pids controller; 0: there is none */
-	__u32 reserved;
+	__u32 stacks;		     /* bit n: events of enum stella_record_type n have the caller's stack */
 };
 
 /* Written while running: what the targets are. */

@@ -108,6 +108,31 @@ class _Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_
     """What happened.  `type` says which of the kinds below."""
 
 
+class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One frame of the caller's user stack, innermost first."""
+
+    build_id: Annotated[str, Meta(description="GNU build-id of the file, hex.")] | None = None
+    offset: Annotated[int, Meta(ge=0, description="Offset in that file.")] | None = None
+    symbol: (
+        Annotated[
+            str, Meta(description="The function, demangled; `addr:0x…` where the frame belongs to no known file.")
+        ]
+        | None
+    ) = None
+    symbol_offset: Annotated[int, Meta(ge=0, description="Offset from the function's begin.")] | None = None
+    symbol_reason: Annotated[str, Meta(description="Why the function is not known.")] | None = None
+    symbol_source: (
+        Annotated[
+            str,
+            Meta(
+                description="The table that names it: symtab, dynsym, minidebuginfo or gopclntab of the file, or "
+                "`debug_file:` and a table of its separate debug file."
+            ),
+        ]
+        | None
+    ) = None
+
+
 class FileOpen(_Event, frozen=True, tag="file_open"):
     """A file was opened, or the attempt was refused: `result` says which."""
 
@@ -144,6 +169,13 @@ class FileOpen(_Event, frozen=True, tag="file_open"):
     )
     path_reason: Annotated[str, Meta(description="Why there is no path.")] | None = None
     resolve: Annotated[int, Meta(ge=0, description="openat2(2) resolve flags, when any.")] | None = None
+    stack: Annotated[list[StackFrame], Meta(description="Who called, where `probes.stacks` asks for it.")] | None = None
+    symbolizer: (
+        Annotated[
+            str, Meta(description="What has named the frames: its version and those of the libraries it reads with.")
+        ]
+        | None
+    ) = None
 
 
 class Ancestor(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +227,19 @@ class ProcessExec(_Event, frozen=True, tag="process_exec"):
     filename_truncated: bool = False
     inode: Annotated[int, Meta(ge=0, description="Inode of the file of `exe`.")] | None = None
     interpreter: Annotated[str, Meta(description="What runs it, when `filename` is a script.")] | None = None
+    stack: (
+        Annotated[
+            list[StackFrame],
+            Meta(description="Who called execve(2), of the program before, where `probes.stacks` asks for it."),
+        ]
+        | None
+    ) = None
+    symbolizer: (
+        Annotated[
+            str, Meta(description="What has named the frames: its version and those of the libraries it reads with.")
+        ]
+        | None
+    ) = None
 
 
 class TcpState(_Event, frozen=True, tag="tcp_state"):
@@ -215,31 +260,6 @@ class TcpState(_Event, frozen=True, tag="tcp_state"):
     old_state: str
     source_address: str
     source_port: Port
-
-
-class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One frame of the caller's user stack, innermost first."""
-
-    build_id: Annotated[str, Meta(description="GNU build-id of the file, hex.")] | None = None
-    offset: Annotated[int, Meta(ge=0, description="Offset in that file.")] | None = None
-    symbol: (
-        Annotated[
-            str, Meta(description="The function, demangled; `addr:0x…` where the frame belongs to no known file.")
-        ]
-        | None
-    ) = None
-    symbol_offset: Annotated[int, Meta(ge=0, description="Offset from the function's begin.")] | None = None
-    symbol_reason: Annotated[str, Meta(description="Why the function is not known.")] | None = None
-    symbol_source: (
-        Annotated[
-            str,
-            Meta(
-                description="The table that names it: symtab, dynsym, minidebuginfo or gopclntab of the file, or "
-                "`debug_file:` and a table of its separate debug file."
-            ),
-        ]
-        | None
-    ) = None
 
 
 class NetConnect(_Event, frozen=True, tag="net_connect"):
@@ -549,7 +569,7 @@ def _cut(body: bytes, start: int, length: int) -> bytes:
 
 
 def _file_open(body: bytes) -> FileOpen:
-    (result, flags, resolve, inode, mode, dfd, device, length, walked_length, status, kind, walked_flags, _, _) = (
+    (result, flags, resolve, inode, mode, dfd, device, length, walked_length, status, kind, walked_flags, frames, _) = (
         FILE_OPEN_BODY.unpack_from(body)
     )
     access: Literal["read", "write", "read_write", "path"] = _ACCESS[flags & 3]
@@ -571,6 +591,7 @@ def _file_open(body: bytes) -> FileOpen:
         path_given=given if given != path else None,
         path_reason=reason,
         resolve=resolve or None,
+        stack=_stack(body, FILE_OPEN_BODY.size + length + walked_length, frames),
     )
 
 
@@ -606,7 +627,7 @@ def device_text(device: int) -> str:
 def _process_exec(body: bytes) -> ProcessExec:
     (
         inode, device, total, name, interpreter, argv, directory,
-        name_status, argv_status, directory_flags, count, _,
+        name_status, argv_status, directory_flags, count, frames,
     ) = PROCESS_EXEC_BODY.unpack_from(body)  # fmt: skip
     ancestors = []
     for i in range(min(count, ANCESTORS_MAX)):
@@ -638,6 +659,7 @@ def _process_exec(body: bytes) -> ProcessExec:
         argv_truncated=argv_status == _STATUS_TRUNCATED,
         filename_truncated=name_status == _STATUS_TRUNCATED,
         interpreter=interpreter_text or None,
+        stack=_stack(body, at + name + interpreter + argv + directory, frames),
     )
 
 
@@ -667,6 +689,14 @@ def _tcp_state(body: bytes) -> TcpState:
     )
 
 
+def _stack(body: bytes, at: int, frames: int) -> list[StackFrame] | None:
+    """Return the frames that stand at a place of a record, None where there are none."""
+    if not frames:
+        return None
+    raw = _cut(body, at, frames * STACK_FRAME.size)
+    return [_frame(*frame) for frame in STACK_FRAME.iter_unpack(raw) if frame[0]]
+
+
 def _frame(status: int, build_id: bytes, offset: int) -> StackFrame:
     if status == 1:
         return StackFrame(build_id=build_id.hex(), offset=offset)
@@ -679,11 +709,9 @@ def _net_connect(body: bytes, call: int) -> NetConnect:
     )
     accept = call in (6, 7, 9, 10)
     at = NET_CONNECT_BODY.size
-    stack = None
-    if call >= 8:
-        first = at + NET_PATH_BYTES
-        raw = _cut(body, first, frames * STACK_FRAME.size)
-        stack = [_frame(*frame) for frame in STACK_FRAME.iter_unpack(raw) if frame[0]]
+    stack = _stack(body, at + (NET_PATH_BYTES if call >= 8 else length), frames)
+    if call >= 8 and stack is None:
+        stack = []
     ip = family in (_AF_INET, _AF_INET6)
     peer: str | None = None
     reason = None

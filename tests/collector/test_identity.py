@@ -426,3 +426,63 @@ async def test_numbers_without_a_name_say_why() -> None:
         await namer.settle(names)
         assert ({}, {key: Program("", reason=reason)}) == namer.names(names)
     assert ({}, {}) == namer.names(names_of(0, 0, 0))
+
+
+# ---- stacks
+
+
+def caller(folder: Path) -> Path:
+    """Compile a program with frame pointers that opens, connects and starts, each in a function of its own."""
+    source = folder / "caller.c"
+    source.write_text(
+        """
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+#define OWN __attribute__((noinline, noclone))
+OWN long opens(const char *path) { long r; __asm__ volatile("syscall" : "=a"(r) : "a"(2), "D"(path), "S"(O_RDONLY)
+    : "rcx", "r11", "memory"); return r + 1; }
+OWN long connects(int fd, void *at) { long r; __asm__ volatile("syscall" : "=a"(r) : "a"(42), "D"(fd), "S"(at), "d"(110)
+    : "rcx", "r11", "memory"); return r + 1; }
+OWN long starts(char **argv) { long r; __asm__ volatile("syscall" : "=a"(r) : "a"(59), "D"(argv[0]), "S"(argv), "d"(0)
+    : "rcx", "r11", "memory"); return r + 1; }
+OWN long all(const char *path, char **argv) {
+    struct sockaddr_un at = { .sun_family = AF_UNIX };
+    return opens(path) + connects(socket(AF_UNIX, SOCK_STREAM, 0), &at) + starts(argv);
+}
+int main(int argc, char **argv) { return all(argv[1], argv + 2); }
+"""
+    )
+    program = folder / "caller"
+    subprocess.run(["gcc", "-O0", "-fno-omit-frame-pointer", "-o", program, source], check=True)
+    return program
+
+
+def function_at(program: Path, offset: int) -> str:
+    """Return the function of an offset of a position-independent program, by nm."""
+    rows = subprocess.run(["nm", "-n", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    places = [(int(row.split()[0], 16), row.split()[2]) for row in rows if row.split()[1] in "tT"]
+    return max(place for place in places if place[0] <= offset)[1]
+
+
+def test_opens_connects_and_starts_say_which_code_called(watch: Start, tmp_path: Path) -> None:
+    """With `probes.stacks` each event has the caller's frames as build-id and offset; without it none has."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("the program makes its system calls by x86-64's instructions")
+    program = caller(tmp_path)
+    (tmp_path / "file").touch()
+    for stacks in ([], ["file_open", "process_exec", "net_connect"]):
+        w = watch(probes__stacks=stacks)
+        w.cgroup.run(program, tmp_path / "file", "/bin/true").wait(10)
+        seen = w.finish()
+        ((_, opened),) = opens(seen, f"{tmp_path}/file")
+        ((_, started),) = starts(seen, "/bin/true")
+        (connected,) = [e for e in seen.events(events.NetConnect) if e.family == "unix" and e.result < 0]
+        for event, name in ((opened, "opens"), (connected, "connects"), (started, "starts")):
+            if not stacks:
+                assert event.stack is None
+                continue
+            assert event.stack is not None
+            assert {build_id_of(str(program))} == {frame.build_id for frame in event.stack[:3]}, (name, event.stack)
+            assert [name, "all", "main"] == [function_at(program, frame.offset) for frame in event.stack[:3]]

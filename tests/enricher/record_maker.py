@@ -78,14 +78,15 @@ def file_open(
     walked_flags: int = 0,
     inode: int = 0,
     device: int = 0,
+    frames: tuple[tuple[int, bytes, int], ...] = (),
 ) -> bytes:
     """Return the body of a file_open; `walked` says what `walked_path` is (enum stella_walked)."""
     return (
         events.FILE_OPEN_BODY.pack(
             result, flags, resolve, inode, mode, dfd, device, len(path), len(walked_path), status, walked,
-            walked_flags, 0, 0,
+            walked_flags, len(frames), 0,
         )
-        + path + walked_path
+        + path + walked_path + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames)
     )  # fmt: skip
 
 
@@ -102,16 +103,17 @@ def process_exec(
     directory: bytes = b"",
     directory_flags: int = 0,
     ancestors: tuple[tuple[int, int, bytes], ...] = ((1, 2, b"init"),),
+    frames: tuple[tuple[int, bytes, int], ...] = (),
 ) -> bytes:
     """Return the body of a process_exec; `ancestors` are (pid, start_ns, comm)."""
     rows = [events.ANCESTOR.pack(start_ns, pid, 0, comm) for pid, start_ns, comm in ancestors]
     return (
         events.PROCESS_EXEC_BODY.pack(
             inode, device, total, len(filename), len(interpreter), len(argv), len(directory), name_status,
-            argv_status, directory_flags, len(rows), 0,
+            argv_status, directory_flags, len(rows), len(frames),
         )
         + b"".join(rows).ljust(events.ANCESTORS_MAX * events.ANCESTOR.size, b"\0")
-        + filename + interpreter + argv + directory
+        + filename + interpreter + argv + directory + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames)
     )  # fmt: skip
 
 
@@ -134,11 +136,11 @@ def net_connect(
     fixed = events.NET_CONNECT_BODY.pack(
         result, fd, family, port, local_port, len(path), status, abstract, len(frames), 0, address, local
     )
-    if call < 8:
-        return fixed + path
-    return fixed + path.ljust(events.NET_PATH_BYTES, b"\0") + b"".join(events.STACK_FRAME.pack(*f) for f in frames)
+    room = path if call < 8 else path.ljust(events.NET_PATH_BYTES, b"\0")
+    return fixed + room + b"".join(events.STACK_FRAME.pack(*f) for f in frames)
 
 
+FRAMES = st.lists(st.tuples(st.integers(0, 2), st.binary(min_size=20, max_size=20), U64), max_size=8)
 OPENS = st.tuples(
     st.just(events.FILE_OPEN),
     st.integers(0, 2),
@@ -146,6 +148,7 @@ OPENS = st.tuples(
         file_open, NAMES, result=S64, flags=st.one_of(st.integers(0, 0o17777777), U64),
         resolve=st.one_of(st.just(0), U64), mode=U32, dfd=st.one_of(st.just(-100), S32), status=st.integers(0, 3),
         walked=st.integers(0, 3), walked_path=NAMES, walked_flags=st.integers(0, 7), inode=U64, device=U32,
+        frames=FRAMES.map(tuple),
     ),
 )  # fmt: skip
 #: Words that hold a secret, say that the next one is it, or look so.
@@ -161,7 +164,7 @@ EXECS = st.tuples(
     st.builds(
         process_exec, NAMES, st.one_of(st.just(b""), NAMES), ARGV,
         name_status=st.integers(0, 2), argv_status=st.integers(0, 2), total=U32, inode=U64, device=U32,
-        directory=NAMES, directory_flags=st.integers(0, 7),
+        directory=NAMES, directory_flags=st.integers(0, 7), frames=FRAMES.map(tuple),
         ancestors=st.lists(st.tuples(U32, U64, NAMES.map(lambda b: b[:16])), max_size=6).map(tuple),
     ),
 )  # fmt: skip
@@ -173,7 +176,6 @@ STATES = st.tuples(
         st.integers(0, 2), st.just(0),
     ),
 )  # fmt: skip
-FRAMES = st.lists(st.tuples(st.integers(0, 2), st.binary(min_size=20, max_size=20), U64), max_size=8)
 CONNECTS = st.integers(5, 10).flatmap(
     lambda call: st.tuples(
         st.just(events.NET_CONNECT),

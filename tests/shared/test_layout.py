@@ -31,13 +31,13 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     ),
     "stella_file_open": (
         events.FILE_OPEN_BODY.format,
-        "result flags resolve inode mode dfd device path_len walked_len path_status walked walked_flags reserved "
+        "result flags resolve inode mode dfd device path_len walked_len path_status walked walked_flags frames "
         "lpm_prefixlen",
     ),
     "stella_process_exec": (
         f"{events.PROCESS_EXEC_BODY.format}{events.ANCESTORS_MAX * events.ANCESTOR.size}s",
         "inode device argv_total filename_len interpreter_len argv_len directory_len filename_status argv_status "
-        "directory_flags ancestors_count reserved ancestors",
+        "directory_flags ancestors_count frames ancestors",
     ),
     "stella_ancestor": (events.ANCESTOR.format, "start_ns pid reserved comm"),
     "stella_program": (
@@ -75,7 +75,7 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     "stella_config": (
         filtering.CONFIG.format,
         "scoped path_allow path_deny network_allow network_deny kernel_paths max_events_per_window "
-        "max_cgroup_events_per_window v1_hierarchy reserved",
+        "max_cgroup_events_per_window v1_hierarchy stacks",
     ),
     "stella_scope": ("<QQ", "cgroup_levels namespaces"),
 }
@@ -160,7 +160,7 @@ def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None
     wanted = {
         program
         for source in ("syscall", "uprobe")
-        for probe, _ in probes_of(Signals(probes=Probes(libc_source=source)))
+        for probe, _ in probes_of(Signals(probes=Probes(libc_source=source, stacks=["process_exec"])))
         for program in probe.programs()
     }
     # What no single probe owns: attached to the files of all of them.

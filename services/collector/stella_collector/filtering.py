@@ -13,12 +13,14 @@ from typing import Final
 from stella_collector import targets
 from stella_collector.libbpf import Object
 from stella_shared.config import Signals
+from stella_shared.events import TYPE_NAMES
 from stella_shared.patterns import compile_paths
 
 #: struct stella_config.
 CONFIG: Final = struct.Struct("<6I2Q2I")
 WINDOWS_PER_SECOND: Final = 10
 PATH_KEY_BYTES: Final = 252
+_TYPES: Final = {name: number for number, name in TYPE_NAMES.items()}
 
 
 class Filtering:
@@ -52,7 +54,7 @@ class Filtering:
             _per_window(signals.max_events_per_second),
             _per_window(signals.max_events_per_second_per_container),
             targets.v1_hierarchy(),
-            0,
+            sum(1 << _TYPES[name] for name in signals.probes.stacks),
         )
         self._object.update(".data.config", struct.pack("<I", 0), config)
         for name, keys in wanted.items():

@@ -140,7 +140,20 @@ def probes_of(signals: Signals) -> list[tuple[Probe, bool]]:
             ),
             wants.sys_enter_openat,
         ),
-        (Probe("sched_process_exec", btf=("stella_exec", "sched_process_exec")), wants.sched_process_exec),
+        (
+            Probe(
+                "sched_process_exec",
+                btf=("stella_exec", "sched_process_exec"),
+                # The stack of who asks for it: afterwards it is another program's.
+                tracepoints=(
+                    ("stella_execve", "syscalls", "sys_enter_execve", False),
+                    ("stella_execveat", "syscalls", "sys_enter_execveat", False),
+                )
+                if "process_exec" in wants.stacks
+                else (),
+            ),
+            wants.sched_process_exec,
+        ),
         (Probe("inet_sock_set_state", btf=("stella_tcp", "inet_sock_set_state")), wants.inet_sock_set_state),
         (connect, wants.libc_connect),
         (accept, wants.libc_accept),

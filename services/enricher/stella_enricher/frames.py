@@ -23,16 +23,22 @@ from stella_enricher.symbols.resolver import Resolver
 from stella_shared.events import (
     BATCH_COUNTS,
     CALL_TYPES,
+    FILE_OPEN,
     FUNCTION_CALL,
     NET_CONNECT,
+    PROCESS_EXEC,
     WHAT,
+    FileOpen,
     FunctionCall,
     NetConnect,
+    ProcessExec,
     StackFrame,
     unpack_batch,
 )
 from stella_shared.symbols import Frame, Question
 
+WithStack = FileOpen | ProcessExec | NetConnect
+_HAVE_STACKS: Final = (FILE_OPEN, PROCESS_EXEC, NET_CONNECT, FUNCTION_CALL)
 SETTLE_SECONDS: Final = 0.02
 #: What was not found may be there later, in another process or installed by somebody.
 RETRY_SECONDS: Final = 300.0
@@ -74,7 +80,7 @@ class FrameNamer:
         self._demangler.close()
         self._work.put(None)
 
-    def named(self, event: NetConnect) -> NetConnect:
+    def named(self, event: WithStack) -> WithStack:
         """Return the event with what is known about its frames now."""
         frames, symbolizer = self._named(event.stack or [])
         return msgspec.structs.replace(event, stack=frames, symbolizer=symbolizer)
@@ -199,7 +205,7 @@ def _pids(records: bytes, build_ids: list[str]) -> dict[str, list[int]]:
     holders: dict[int, list[str]] = {}
     for index, what in enumerate(batch.whats):
         kind, call, _, _ = WHAT.unpack_from(what)
-        if kind in (NET_CONNECT, FUNCTION_CALL) and CALL_TYPES[call : call + 1] == (kind,):
+        if kind in _HAVE_STACKS and CALL_TYPES[call : call + 1] == (kind,):
             found = [build_id for build_id, data in raw.items() if data in what]
             if found:
                 holders[index] = found

@@ -26,7 +26,7 @@ from typing import Final
 import msgspec
 
 from stella_enricher.containers import Container
-from stella_enricher.frames import FrameNamer
+from stella_enricher.frames import FrameNamer, WithStack
 from stella_enricher.redaction import Redactor
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
@@ -37,7 +37,6 @@ from stella_shared.events import (
     WHO,
     FileOpen,
     FunctionCall,
-    NetConnect,
     ProcessExec,
     TcpState,
     Throttle,
@@ -133,7 +132,7 @@ class Lines(ABC):
         if isinstance(event, ProcessExec):
             event = self._redacted(event)
         wanted = not isinstance(event, FileOpen) or event.path is None or self._paths.decide(event.path)
-        if self._frames is not None and isinstance(event, NetConnect) and event.stack:
+        if self._frames is not None and isinstance(event, WithStack) and event.stack:
             event = self._frames.named(event)
         elif self._frames is not None and isinstance(event, FunctionCall):
             event = self._frames.named_function(event)
