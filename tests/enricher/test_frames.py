@@ -20,7 +20,7 @@ from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
 from stella_shared import events
 from stella_shared.patterns import PathFilter
-from stella_shared.wire import RawBatch
+from stella_shared.wire import Program, RawBatch
 from tests.enricher import symbol_oracles as oracle
 from tests.enricher.record_maker import batch, net_connect, record
 
@@ -169,3 +169,23 @@ async def test_processes_are_asked_for_files_of_our_own_batches_only(is_ours: bo
         stack_of(PythonLines(PathFilter([], []), frames=namer), raw)
         await settled(namer, raw if is_ours else batch(b"", {}))
     assert [[os.getpid()] if is_ours else []] == asked.asked
+
+
+async def test_a_program_that_is_gone_is_found_where_its_file_was(tmp_path: Path) -> None:
+    """Its process has ended, and the batch says where the file is: the frame has its name; a wrong hint is harmless."""
+    (tmp_path / "gone.c").write_text("int marked(int a) { return a + 1; }\n")
+    program = tmp_path / "gone.so"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,--build-id", "-o", str(program), str(tmp_path / "gone.c")]
+    await anyio.run_process(command)
+    build_id = oracle.build_id(program)
+    rows = (await anyio.run_process(["nm", str(program)])).stdout.decode().splitlines()
+    offset = next(int(row.split()[0], 16) for row in rows if row.endswith(" marked"))
+    raw = connects([(1, bytes.fromhex(build_id), offset)], node="another")
+    for path, expected in ((str(program), (None, "marked")), ("/bin/cat", ("build_id_mismatch", None))):
+        with FrameNamer(resolver(), settle_seconds=5) as namer:
+            lines = CLines(PathFilter([], []), frames=namer)
+            lines.build(raw, lambda _: HOST)
+            namer.hint({77: Program(path, build_id=build_id), 78: Program("memfd:x", build_id=build_id)})
+            await namer.settle(b"")
+            stack, _ = stack_of(lines, raw)
+            assert expected == (stack[0].get("symbol_reason"), stack[0].get("symbol"))

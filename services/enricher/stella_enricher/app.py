@@ -95,6 +95,8 @@ class Enricher:
             if batch.records and here:
                 await self.resolver.settle(batch.cgroups)
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
+            if here:
+                self.frames.hint(batch.programs)
             if await self.frames.settle(batch.records if here else b""):
                 enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
             if any(len(part.body) > PART_BYTES_MAX for part in enriched.parts):

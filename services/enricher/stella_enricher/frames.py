@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Self
 
@@ -36,6 +37,7 @@ from stella_shared.events import (
     unpack_batch,
 )
 from stella_shared.symbols import Frame, Question
+from stella_shared.wire import Program
 
 WithStack = FileOpen | ProcessExec | NetConnect
 _HAVE_STACKS: Final = (FILE_OPEN, PROCESS_EXEC, NET_CONNECT, FUNCTION_CALL)
@@ -128,6 +130,15 @@ class FrameNamer:
         if answer.reason == "pending":
             self._missing.add(question.build_id)
         return answer
+
+    def hint(self, programs: Mapping[int, Program]) -> None:
+        """Note where the programs of a batch have their files: where to look when their processes are gone.
+
+        A hint is believed only when the file there has the build-id.
+        """
+        for program in programs.values():
+            if program.build_id and program.path.startswith("/") and len(self._hints) < WAITING_MAX:
+                self._hints.setdefault(program.build_id, Path(program.path))
 
     async def settle(self, records: bytes) -> bool:
         """Ask for what the last lines missed; return whether some of it came, so that they are worth making anew.
