@@ -17,7 +17,7 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench bench-signing bench-verify bench-redaction bench-symbols bench-functions \
+.PHONY: up demo install test crash-matrix fuzz lint check bench soak bench-signing bench-verify bench-redaction bench-symbols bench-functions \
 	reference lock clean system-build system-test
 
 up: install
@@ -89,6 +89,11 @@ bench: install
 # How long root could rewrite history, and how fast chunks are signed and logged.
 bench-signing: install
 	$(BIN)/python -m tests.bench.signing
+
+# Twenty minutes of even load: what grows, and whether every event is accounted for.
+SOAK_MINUTES ?= 20
+soak: install
+	$(BIN)/python -m tests.bench.soak --minutes $(SOAK_MINUTES)
 
 bench-symbols: install
 	$(BIN)/python -m tests.bench.symbols
