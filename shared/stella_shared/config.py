@@ -522,6 +522,37 @@ def load(
     commas, or YAML); `overrides` maps dotted keys below `signals` (`"metrics.port"`) to values and wins.
     Raises `ConfigError` with one line for each fault: file and line, key, value and what is allowed.
     """
+    return _merge(path, environ, overrides or {})[0]
+
+
+class Origin(Struct, frozen=True):
+    """One key, its value in force, and where that comes from.
+
+    `source` is `default`, `<file>:<line>`, `environment <variable>` or `option`.
+    """
+
+    key: str
+    value: object
+    source: str
+
+
+def origins(
+    path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
+) -> list[Origin]:
+    """Return every key with its value and origin, in the order declared.  Arguments and errors as of `load`."""
+    signals, merge = _merge(path, environ, overrides or {})
+    found = []
+    for field in declared():
+        value: object = signals
+        for name in field.key.split(".")[1:]:
+            value = getattr(value, name)
+        found.append(Origin(field.key, value, merge.source(field.key) or "default"))
+    return found
+
+
+def _merge(
+    path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]
+) -> tuple[Signals, config_layers.Merge]:
     document, lines = yamltext.parse(_read(path), str(path)) if path else (None, {})
     merge = config_layers.Merge(Signals, "signals", CHECKS, str(path), lines)
     values = merge.document(document)
@@ -531,7 +562,7 @@ def load(
             merge.place(values, keys, environ[name], f"environment {name}")
         elif name.startswith(ENV_PREFIX.rstrip("_")):
             merge.faults.append(_misspelt_variable(name))
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         merge.place(values, key.removeprefix("signals.").split("."), value, "option")
     signals: Signals = merge.result(values)
     if not merge.faults:
@@ -540,7 +571,7 @@ def load(
         raise ConfigError(
             "\n".join(merge.faults), hint="docs/reference/configuration.md lists every key and what it allows"
         )
-    return signals
+    return signals, merge
 
 
 def check_runnable(signals: Signals) -> None:

@@ -139,6 +139,10 @@ class Merge:
                 inner = values.get(key)
                 values[key] = values = dict(inner) if isinstance(inner, dict) else {}
 
+    def source(self, key: str) -> str:
+        """Return where a key's value came from: a variable, an option, or a file's line; "" when nothing set it."""
+        return self._sources.get(key, f"{self._origin}:{self._lines[key]}" if key in self._lines else "")
+
     def result(self, values: dict[str, Any]) -> Any:
         """Return `values` as a `root`.  What is wrong goes to `faults`, its default stands instead."""
         return self._struct(self._root, values, self._prefix)
@@ -185,7 +189,7 @@ class Merge:
 
     def _fault(self, key: str, text: str) -> None:
         """Note a fault of `key`, led by where the key came from."""
-        source = self._sources.get(key, f"{self._origin}:{self._lines[key]}" if key in self._lines else "")
+        source = self.source(key)
         self.faults.append(f"{source}: {text}" if source else text)
 
     def _unknown(self, section: type[Struct], key: str) -> None:

@@ -1,0 +1,169 @@
+"""Commands that run a node and ask it."""
+
+from __future__ import annotations
+
+import click
+
+from stella_cli.commands.groups import signals
+from stella_cli.commands.options import everywhere, output_form, remembered, settings
+
+
+@signals.command(short_help="Make key, directories and configuration file.")
+@everywhere
+@click.option(
+    "--output-directory",
+    type=click.Path(file_okay=False),
+    help="Evidence directory to write into a new configuration file.",
+)
+def init(output_directory: str | None) -> None:
+    """Make the signing key, the directories and, if it is missing, the configuration file.
+
+    Changes nothing that is there: run it as often as you like.
+
+    \b
+    Examples:
+      stella signals init
+      stella signals init --config ./stellaops.yaml
+    """
+    from stella_cli import initialising
+
+    initialising.run(remembered("config"), output_directory or remembered("target"))
+
+
+@signals.command(short_help="Run a node until it is stopped.")
+@everywhere
+@click.option("--detach", is_flag=True, help="Return when the node is ready, and leave it running.")
+@click.option("--demo", is_flag=True, help="Replay recorded kernel events: no privilege needed.")
+@click.option("--ready-fd", type=int, default=-1, hidden=True)
+def start(detach: bool, demo: bool, ready_fd: int) -> None:
+    """Run a node: bus, signer, enrichers, collector, gateway.
+
+    Stays in the foreground until Ctrl-C or `stella signals stop`; then everything in flight is recorded
+    and the last chunk is closed and signed.  A second Ctrl-C ends it at once.
+    A part that dies is started again while the others go on.
+
+    Collecting needs root, or CAP_BPF and CAP_PERFMON.  `--demo` needs nothing.
+
+    \b
+    Examples:
+      sudo stella signals start
+      sudo stella signals start --config ./stellaops.yaml --detach
+      sudo stella signals start --target /var/lib/stellaops/evidence
+      stella signals start --demo
+    """
+    from stella_cli import starting
+
+    starting.run(remembered("config"), remembered("target"), detach=detach, demo=demo, ready_fd=ready_fd)
+
+
+@signals.command(short_help="End the running node in order.")
+@everywhere
+@click.option("--reason", metavar="TEXT", help="Say in the last chunk, signed, that a planned gap follows, and why.")
+def stop(reason: str | None) -> None:
+    """End the running node in order: intake, what is in flight, the last chunk, its signature.
+
+    \b
+    Examples:
+      sudo stella signals stop
+      sudo stella signals stop --reason "kernel update"
+    Exit codes: 0 ended, 3 not yours to stop, 4 nothing runs, 10 still stopping after the wait
+    """
+    from stella_cli import stopping
+
+    stopping.run(settings(), reason)
+
+
+@signals.command(short_help="Have the running node take up its changed configuration.")
+@everywhere
+@output_form("text", "json")
+def reload(form: str | None) -> None:
+    """Have the running node take up its changed configuration: as a whole, or not at all.
+
+    Filters, limits, rotation, redaction, symbols, runtimes, the log and the transparency log can change while it
+    runs, and no event is lost.  Where the evidence is, which probes there are, the key and the bus can not.
+
+    \b
+    Examples:
+      stella config check /etc/stellaops/stellaops.yaml && sudo stella signals reload
+      sudo systemctl reload stellaops-signals
+    Exit codes: 0 taken up, 2 refused: the node goes on as before, 3 not your node, 4 nothing runs
+    """
+    from stella_cli import reloading
+
+    reloading.run(settings(), form or "text")
+
+
+@signals.command(short_help="Show what the running node does.")
+@everywhere
+@click.option("--verbose", "-v", is_flag=True, help="Everything the node knows about itself.")
+@output_form("text", "json")
+def status(verbose: bool, form: str | None) -> None:
+    """Show what the running node does: its parts, what they count, where the evidence goes.
+
+    \b
+    Examples:
+      stella signals status
+      stella signals status --verbose
+      stella signals status --format json
+    Exit codes: 0 it runs, 4 nothing runs, 10 it runs but its gateway does not answer
+    """
+    from stella_cli import asking
+
+    asking.status(settings(), verbose=verbose, as_json=form == "json")
+
+
+@signals.command(short_help="Say whether the node is healthy, and why not.")
+@everywhere
+@output_form("text", "json")
+def health(form: str | None) -> None:
+    """Say whether the node is healthy, and which part is not and why.
+
+    \b
+    Example:
+      stella signals health && echo good
+    Exit codes: 0 healthy, 1 not healthy, 4 nothing runs, 10 the gateway does not answer
+    """
+    from stella_cli import asking
+
+    asking.health(settings(), as_json=form == "json")
+
+
+@signals.command(short_help="Show counters and gauges, one a line.")
+@everywhere
+@click.option("--memory", is_flag=True, help="Memory of each process, and sizes of caches.")
+@output_form("text", "json")
+def stats(memory: bool, form: str | None) -> None:
+    """Show counters and gauges, one a line: name, value, unit.
+
+    \b
+    Examples:
+      stella signals stats | grep ringbuf
+      stella signals stats | grep rate
+      watch -n 5 'stella signals stats'
+      stella signals stats --memory
+    """
+    from stella_cli import asking
+
+    asking.stats(settings(), memory=memory, as_json=form == "json")
+
+
+@signals.command(short_help="Show events as they come.")
+@everywhere
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only this event type. May be repeated.")
+@click.option("--count", type=click.IntRange(min=1), help="Stop after this many events.")
+@output_form("table", "json", default="table on a terminal, json in a pipe")
+def tail(types: tuple[str, ...], count: int | None, form: str | None) -> None:
+    """Show events as they come: a table on a terminal, the exact evidence lines in a pipe.
+
+    The lines are byte for byte what gets signed.  Events from before the command are not shown.
+
+    \b
+    Examples:
+      stella signals tail
+      stella signals tail --type process_exec --type net_connect
+      stella signals tail --type file_open --count 100 > opens.ndjson
+    Types: file_open, process_exec, tcp_state, net_connect, ssl_op, function_call
+    """
+    from stella_cli import tailing
+
+    tailing.run(settings(), list(types), count, form)
