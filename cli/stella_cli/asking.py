@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import click
 
-from stella_cli import console, gateway, process
+from stella_cli import console, gateway
+from stella_cli.memory import rows as memory_rows
 from stella_cli.settings import Settings
 from stella_shared import metrics
 from stella_shared.errors import BadAnswer
@@ -169,7 +170,7 @@ def _left_out(row: Mapping[str, Any]) -> list[str]:
 def stats(settings: Settings, *, memory: bool, as_json: bool) -> None:
     """Print counters and gauges, one a line: name, value, unit.  With `memory`, memory instead."""
     body = gateway.get(settings, "/status").json()
-    rows = list(_memory(settings, body)) if memory else list(_figures(settings, body))
+    rows = list(memory_rows(settings, gateway.running_node(settings), body) if memory else _figures(settings, body))
     if as_json:
         click.echo(json.dumps([{"name": n, "value": v, "unit": u} for n, v, u in rows]))
         return
@@ -194,25 +195,6 @@ def _figures(settings: Settings, body: Mapping[str, Any]) -> Iterator[tuple[str,
         for quantile, milliseconds in quantiles.items():
             if milliseconds is not None:
                 yield f"latency_{kind}_{quantile}", float(milliseconds), "milliseconds"
-
-
-def _memory(settings: Settings, body: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
-    """Yield the resident memory of each process of the node, and what the services say of their caches."""
-    node = gateway.running_node(settings)
-    if node is not None:
-        pids = {"supervisor": node.who.pid, **{c.name: c.who.pid for c in node.children}}
-    else:
-        pids = {f"{s['service']}/{s['instance']}": int(s["pid"]) for s in body.get("services", [])}
-    sizes = {name: process.rss_bytes(pid) for name, pid in pids.items()}
-    for name, size in sizes.items():
-        yield f"rss_{name}", size, "bytes"
-    yield "rss_all", sum(sizes.values()), "bytes"
-    for service in body.get("services", []):
-        caches = (service.get("detail") or {}).get("caches")
-        for name, value in _flat(f"cache_{service['service']}", caches):
-            number = float(value) if value.replace(".", "", 1).isdigit() else None
-            if number is not None:
-                yield name.replace(" ", "_"), number, "bytes" if name.endswith("bytes") else "entries"
 
 
 def parse_exposition(text: str) -> Iterator[tuple[str, dict[str, str], float]]:

@@ -76,6 +76,15 @@ def rss_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def pss_bytes(pid: int) -> int | None:
+    """Return the memory of `pid` with shared pages shared out; None when it is gone or not ours to look into."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def capabilities_for_children() -> set[int]:
     """Return the capabilities that a program started from here would hold.
 

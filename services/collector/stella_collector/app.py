@@ -358,6 +358,7 @@ class Collector:
                 "batches": self.number,
                 "published": self.spool.published,
                 "spool_bytes": self.spool.bytes,
+                "spool_max_bytes": SPOOL_BYTES,
                 "reader": self._fixed["reader"],
                 "libbpf": self._lib.version,
                 "libraries": self.kernel.libraries,
