@@ -62,6 +62,15 @@ def command_line(pid: int) -> list[str]:
     return [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")] if raw else []
 
 
+def parent(pid: int) -> int:
+    """Return the pid of the parent of `pid`; 0 when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])
+
+
 def is_alive(who: Identity) -> bool:
     """Return whether this very process still runs."""
     return identity(who.pid) == who

@@ -16,6 +16,8 @@ import pytest
 from stella_collector import ring
 from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
+from stella_collector.probe_cost import WORK
+from stella_collector.targets import cgroup_root
 from stella_shared import events
 from stella_shared.events import FileOpen, NetConnect, ProcessExec, TcpState
 from tests.collector.conftest import Watch, signals_of
@@ -421,7 +423,7 @@ def test_a_switched_off_probe_says_so(watch: Start, tmp_path: Path) -> None:
 
 
 def test_without_privilege_every_probe_names_what_is_missing(tmp_path: Path) -> None:
-    """Without capabilities, `--test-probes` attaches nothing, names the capability for each probe, and ends with 1."""
+    """Without capabilities, `--test-probes` attaches nothing, names the capability for each probe, and ends with 3."""
     config = tmp_path / "stellaops.yaml"
     config.write_text("signals: {}\n")
     command = [sys.executable, "-m", "stella_collector", "--test-probes", "--config", str(config)]
@@ -430,7 +432,7 @@ def test_without_privilege_every_probe_names_what_is_missing(tmp_path: Path) -> 
         ["setpriv", "--inh-caps=-all", "--bounding-set=-all", *command],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert 1 == done.returncode, done.stderr
+    assert 3 == done.returncode, done.stderr
     rows = json.loads(done.stdout)
     assert 7 == len(rows)
     for row in rows:
@@ -449,6 +451,20 @@ def test_with_privilege_the_probes_can_be_tried(tmp_path: Path) -> None:
     rows = {row["probe"]: row for row in json.loads(done.stdout)}
     assert all(row["attached"] for row in rows.values())
     assert "syscalls/sys_enter_openat2" in rows["sys_enter_openat"]["attach_point"]
+
+
+def test_the_cost_of_a_probe_is_measured_on_a_workload_of_its_own(tmp_path: Path) -> None:
+    """Each probe has kernel nanoseconds an event, between what a call takes at the least and a millisecond."""
+    config = tmp_path / "stellaops.yaml"
+    config.write_text("signals: {filters: {paths: {allowlist: [/nowhere/**]}}}\n")
+    command = [sys.executable, "-m", "stella_collector", "--test-probes", "--config", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as collector:
+        said, _ = collector.communicate(timeout=60)
+    rows = {row["probe"]: row for row in json.loads(said)}
+    for name, (_, count, bursts) in WORK.items():
+        assert rows[name]["cost_events"] >= count * bursts, rows[name]
+        assert 20 < rows[name]["cost_ns"] < 1_000_000, rows[name]
+    assert not (cgroup_root() / f"stella-test-probes-{collector.pid}").exists()
 
 
 def test_a_tcp_connection_is_seen_from_both_ends(watch: Start) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import msgspec
 
-from stella_collector import app, probe_test, replay
+from stella_collector import app, loaded, probe_test, replay
 from stella_shared import allocator, config, log
 from stella_shared.errors import StellaError
 
@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--instance", default="", help="accepted for symmetry; a node has one collector")
     parser.add_argument("--test-probes", action="store_true", help="try every probe, print JSON, record nothing")
     parser.add_argument("--format", choices=("json",), default="json", help="format of --test-probes")
+    parser.add_argument("--loaded", choices=("list", "detach"), help="print JSON: our programs in this kernel")
     parser.add_argument("--replay", type=Path, help="play recorded ring bytes instead of loading probes")
     arguments = parser.parse_args()
     code = 0
@@ -32,7 +33,9 @@ def main() -> int:
         if arguments.test_probes:
             rows = probe_test.run(signals)
             print(msgspec.json.encode(rows).decode())
-            code = 0 if all(row.attached for row in rows) else 1
+            code = probe_test.exit_code(rows)
+        elif arguments.loaded:
+            print(msgspec.json.encode(loaded.look(signals, detach=arguments.loaded == "detach")).decode())
         elif arguments.replay:
             anyio.run(replay.serve, signals, arguments.replay)
         else:

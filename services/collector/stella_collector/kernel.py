@@ -484,6 +484,11 @@ class Kernel:
             for name in probe.programs()
         ) + sum(self._object.programs[name].recursion_misses() for name in self._extras if name.startswith("stella_fn"))
 
+    def run_times(self, probe: str) -> list[tuple[int, int]]:
+        """Return (nanoseconds, runs) of each program of a probe (`Libbpf.count_run_time`)."""
+        names = next(p.programs() for p, _ in self._probes if p.name == probe)
+        return [self._object.programs[name].run_time() for name in names]
+
     def pin_counters(self, path: Path) -> None:
         """Pin the lanes at `path`, so that a successor can close this run's books."""
         self._object.pin("stella_lanes", path)

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_ulong, c_void_p
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stella_shared.errors import BrokenPromise, NotFound, NotPermitted, StellaError
 
@@ -55,6 +55,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map_update_batch": (c_int, (c_int, c_void_p, c_void_p, c_void_p, c_void_p)),
     "bpf_prog_test_run_opts": (c_int, (c_int, c_void_p)),
     "bpf_prog_get_info_by_fd": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_enable_stats": (c_int, (c_int,)),
+    "bpf_prog_get_next_id": (c_int, (c_uint32, c_void_p)),
+    "bpf_prog_get_fd_by_id": (c_int, (c_uint32,)),
+    "bpf_link_get_next_id": (c_int, (c_uint32, c_void_p)),
+    "bpf_link_get_fd_by_id": (c_int, (c_uint32,)),
+    "bpf_link_get_info_by_fd": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_link_detach": (c_int, (c_int,)),
     "ring_buffer__new": (c_void_p, (c_int, c_void_p, c_void_p, c_void_p)),
     "ring_buffer__consume": (c_int, (c_void_p,)),
     "ring_buffer__free": (None, (c_void_p,)),
@@ -63,9 +70,18 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 #: int (*)(void *ctx, void *data, size_t size), libbpf's ring callback.
 RING_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 
-# struct bpf_prog_info (linux/bpf.h): where run_cnt and recursion_misses stand, and how long it is up to them.
+# struct bpf_prog_info (linux/bpf.h): type, id, tag, name, run_time_ns and run_cnt, recursion_misses, and how long
+# it is up to them.
+_INFO_HEAD = struct.Struct("<II8s")
+_INFO_NAME = 64
+_INFO_RUN_TIME_NS = 192
 _INFO_RECURSION_MISSES = 208
 _INFO_SIZE = 224
+# struct bpf_link_info: type, id, prog_id; the rest is up to the type.
+_LINK_INFO_HEAD = struct.Struct("<III")
+_LINK_INFO_SIZE = 128
+_NAME_BYTES = 16
+_STATS_RUN_TIME = 0
 
 
 class _UprobeOpts(ctypes.Structure):
@@ -129,6 +145,15 @@ def _candidates() -> Iterator[str]:
         yield found
 
 
+class LoadedProgram(NamedTuple):
+    """A program in the kernel: id, BPF_PROG_TYPE_*, the digest of its instructions, its name."""
+
+    id: int
+    type: int
+    tag: str
+    name: str
+
+
 class Libbpf:
     """A libbpf that was found and checked.  `path` and `version` say which."""
 
@@ -166,6 +191,67 @@ class Libbpf:
     def possible_cpus(self) -> int:
         """Return the number of CPUs this kernel may ever bring up (lanes are laid out by it)."""
         return int(self._lib.libbpf_num_possible_cpus())
+
+    def count_run_time(self) -> int:
+        """Let the kernel time every program while the descriptor that is returned is open (BPF_ENABLE_STATS)."""
+        fd = int(self._lib.bpf_enable_stats(_STATS_RUN_TIME))
+        if fd < 0:
+            raise kernel_error("the kernel does not time BPF programs", -fd)
+        return fd
+
+    def programs(self) -> Iterator[LoadedProgram]:
+        """Yield every program in the kernel, whoever loaded it.  Raises `NotPermitted` without CAP_SYS_ADMIN."""
+        for number in self._ids(self._lib.bpf_prog_get_next_id, "programs"):
+            fd = int(self._lib.bpf_prog_get_fd_by_id(number))
+            if fd < 0:
+                continue  # gone since
+            try:
+                info = self._info(self._lib.bpf_prog_get_info_by_fd, fd, _INFO_SIZE)
+            finally:
+                os.close(fd)
+            kind, _, tag = _INFO_HEAD.unpack_from(info)
+            name = info[_INFO_NAME : _INFO_NAME + _NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+            yield LoadedProgram(number, kind, tag.hex(), name)
+
+    def links(self) -> Iterator[tuple[int, int]]:
+        """Yield (link id, program id) of every link in the kernel, whoever made it."""
+        for number in self._ids(self._lib.bpf_link_get_next_id, "links"):
+            fd = int(self._lib.bpf_link_get_fd_by_id(number))
+            if fd < 0:
+                continue
+            try:
+                yield (
+                    number,
+                    _LINK_INFO_HEAD.unpack_from(self._info(self._lib.bpf_link_get_info_by_fd, fd, _LINK_INFO_SIZE))[2],
+                )
+            finally:
+                os.close(fd)
+
+    def detach_link(self, number: int) -> str:
+        """Detach a link by its id; return "" or why the kernel does not (most kinds end with their holder only)."""
+        fd = int(self._lib.bpf_link_get_fd_by_id(number))
+        if fd < 0:
+            return "" if -fd == errno.ENOENT else os.strerror(-fd).lower()
+        try:
+            error = int(self._lib.bpf_link_detach(fd))
+        finally:
+            os.close(fd)
+        return os.strerror(-error).lower() if error else ""
+
+    def _ids(self, next_id: Any, what: str) -> Iterator[int]:
+        number = c_uint32(0)
+        while True:
+            error = int(next_id(number.value, ctypes.byref(number)))
+            if error == -errno.ENOENT:
+                return
+            if error:
+                raise kernel_error(f"the kernel's BPF {what} cannot be listed", -error)
+            yield number.value
+
+    def _info(self, get: Any, fd: int, size: int) -> bytes:
+        info = ctypes.create_string_buffer(size)
+        length = c_uint32(size)
+        return info.raw if not get(fd, info, ctypes.byref(length)) else bytes(size)
 
     def open_pinned(self, path: Path) -> int:
         """Return a new descriptor of the pinned map at `path`; raises `NotFound`."""
@@ -283,12 +369,20 @@ class Program:
 
     def recursion_misses(self) -> int:
         """Return how often the kernel skipped this program because it was already running on that CPU."""
+        return int(struct.unpack_from("<Q", self._info(), _INFO_RECURSION_MISSES)[0])
+
+    def run_time(self) -> tuple[int, int]:
+        """Return (nanoseconds, runs) as counted while `Libbpf.count_run_time` was on."""
+        nanoseconds, runs = struct.unpack_from("<QQ", self._info(), _INFO_RUN_TIME_NS)
+        return int(nanoseconds), int(runs)
+
+    def _info(self) -> bytes:
         info = ctypes.create_string_buffer(_INFO_SIZE)
         size = c_uint32(_INFO_SIZE)
         fd = self._lib.bpf_program__fd(self._handle)
         if fd < 0 or self._lib.bpf_prog_get_info_by_fd(fd, info, ctypes.byref(size)):
-            return 0
-        return int(struct.unpack_from("<Q", info.raw, _INFO_RECURSION_MISSES)[0])
+            return bytes(_INFO_SIZE)
+        return info.raw
 
 
 class Object:

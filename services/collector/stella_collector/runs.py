@@ -27,6 +27,13 @@ from stella_shared.subjects import node_token
 from stella_shared.wire import Closing
 
 
+def pins_folder(signals: Signals) -> Path:
+    """Return the folder of a node's pins."""
+    # Two nodes may share a machine and a name (a test beside production): the state directory tells them apart.
+    unique = hashlib.sha256(os.fsencode(state_directory(signals).absolute())).hexdigest()[:12]
+    return BPFFS / "stella" / f"{node_token(node_name(signals))}-{unique}"
+
+
 class RunFile(msgspec.Struct):
     """`run/collector.json`: the run that is, or was, alive."""
 
@@ -38,11 +45,8 @@ class Runs:
     """This node's runs.  `current` is the new run's name."""
 
     def __init__(self, signals: Signals) -> None:
-        state = state_directory(signals)
-        self._file = state / "run" / "collector.json"
-        # Two nodes may share a machine and a name (a test beside production): the state directory tells them apart.
-        unique = hashlib.sha256(os.fsencode(state.absolute())).hexdigest()[:12]
-        self._pins = BPFFS / "stella" / f"{node_token(node_name(signals))}-{unique}"
+        self._file = state_directory(signals) / "run" / "collector.json"
+        self._pins = pins_folder(signals)
         self.current = secrets.token_hex(8)
         self.pinned = False
         self.pin_reason = ""

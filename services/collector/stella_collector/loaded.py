@@ -1,0 +1,143 @@
+"""`--loaded`: our programs in this kernel, whoever holds them, and the pinned counters of runs.
+
+A program is taken for ours by its name: those of the object, and others that begin with `stella_` (of another
+release).  Links of tracepoints, of BTF tracepoints and of uprobes cannot be detached by their id, in no kernel so
+far; they end when the last descriptor of them is closed, that is with the process that holds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from stella_collector.kernel import BPFFS, OBJECT
+from stella_collector.libbpf import Libbpf, Object
+from stella_collector.runs import pins_folder
+from stella_shared.config import Signals
+from stella_shared.errors import StellaError
+
+PREFIX: Final = "stella_"
+_PROGRAM: Final = re.compile(rb"^prog_id:\t(\d+)$", re.MULTILINE)
+_MAP: Final = re.compile(rb"^map_id:\t(\d+)$", re.MULTILINE)
+
+
+class LinkState(msgspec.Struct, frozen=True):
+    """A link: whether it was detached here, or why not."""
+
+    id: int
+    detached: bool
+    reason: str
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A program of ours.  `tag` is as `bpftool prog` shows it; `holders` are pids that have it or a link of it open."""
+
+    id: int
+    name: str
+    tag: str
+    this_release: bool
+    links: list[LinkState]
+    holders: list[int]
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """Pinned counters of a run.  `holders` are pids that have them open; none: the run is over.
+
+    `own` says that the run is of the node with this configuration.
+    """
+
+    path: str
+    run: str
+    own: bool
+    holders: list[int]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What `--loaded` prints."""
+
+    programs: list[Loaded]
+    pins: list[Pin]
+
+
+def look(signals: Signals, *, detach: bool) -> Found:
+    """Return our programs and pins; with `detach`, detach each link that the kernel lets go of.
+
+    Raises `NotPermitted` where programs cannot be listed (CAP_SYS_ADMIN).
+    """
+    lib = Libbpf()
+    ours = [program for program in lib.programs() if program.name.startswith(PREFIX)]
+    names = _names(lib)
+    links: dict[int, list[int]] = {}
+    for link, program_id in lib.links() if ours else ():
+        links.setdefault(program_id, []).append(link)
+    pins, own = list(_pins(lib)), pins_folder(signals)
+    programs, maps = _holders()
+    return Found(
+        [
+            Loaded(
+                program.id,
+                program.name,
+                program.tag,
+                program.name in names,
+                [_link(lib, link, detach=detach) for link in links.get(program.id, [])],
+                sorted(programs.get(program.id, set())),
+            )
+            for program in ours
+        ],
+        [Pin(str(path), path.name, path.parent == own, sorted(maps.get(number, set()))) for path, number in pins],
+    )
+
+
+def _names(lib: Libbpf) -> set[str]:
+    """Return the names of this release's programs, as the kernel cuts them."""
+    if not OBJECT.exists():
+        return set()
+    obj = Object(lib, OBJECT)
+    try:
+        return {name[:15] for name in obj.programs}
+    finally:
+        obj.close()
+
+
+def _link(lib: Libbpf, number: int, *, detach: bool) -> LinkState:
+    reason = lib.detach_link(number) if detach else "not asked to"
+    return LinkState(number, not reason, reason)
+
+
+def _holders() -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Return program id → pids with a descriptor of it or of a link of it, and map id → pids (proc_pid_fdinfo(5))."""
+    programs: dict[int, set[int]] = {}
+    maps: dict[int, set[int]] = {}
+    for process in os.scandir("/proc"):
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{process.name}/fdinfo"):
+                with contextlib.suppress(OSError):
+                    text = Path(entry.path).read_bytes()
+                    for found, pattern in ((programs, _PROGRAM), (maps, _MAP)):
+                        for number in map(int, pattern.findall(text)):
+                            found.setdefault(number, set()).add(int(process.name))
+    return programs, maps
+
+
+def _pins(lib: Libbpf) -> Iterator[tuple[Path, int]]:
+    """Yield each pin and the id of its map, 0 when it cannot be opened."""
+    with contextlib.suppress(OSError):
+        for folder in sorted((BPFFS / "stella").iterdir()):
+            for pin in sorted(folder.iterdir()):
+                number = 0
+                with contextlib.suppress(StellaError):
+                    fd = lib.open_pinned(pin)
+                    try:
+                        match = _MAP.search(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
+                        number = int(match[1]) if match else 0
+                    finally:
+                        os.close(fd)
+                yield pin, number
