@@ -39,7 +39,7 @@ def run(
 
     `head` names a pinned end; without it the node's own evidence is compared with the node's head.json.
     """
-    trust, own_head = _trust(path, config, target, named)
+    trust, own_head = trust_of(path, config, target, named)
     with progress_bar() as progress:
         report = verify_chain(
             path,
@@ -71,7 +71,7 @@ class NamedTrust(msgspec.Struct, frozen=True):
         return bool(self.keys or self.identities)
 
 
-def _trust(path: Path, config: str | None, target: str | None, named: NamedTrust) -> tuple[Trust | None, Path | None]:
+def trust_of(path: Path, config: str | None, target: str | None, named: NamedTrust) -> tuple[Trust | None, Path | None]:
     """Return whom to trust and the head to compare with; None asks the state beside the evidence."""
     if trust := named_trust(named):
         return trust, None

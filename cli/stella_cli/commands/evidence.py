@@ -162,3 +162,49 @@ def symbolize(inputs: tuple[str, ...], directories: tuple[str, ...], offline: bo
     from stella_cli import symbolizing
 
     return symbolizing.run(settings(), list(inputs), list(directories), offline=offline, as_json=form == "json")
+
+
+@signals.command(short_help="Say what was seen of an image or a container.")
+@everywhere
+@click.argument("subject", metavar="SUBJECT")
+@click.option(
+    "--evidence", type=click.Path(), help="Evidence directory or archive to look into, if it is not the node's."
+)
+@click.option("--top", type=click.IntRange(1, 50_000), default=10, show_default=True, help="Rows of each kind.")
+@output_form("text", "json")
+@trust_options
+def inspect(
+    *,
+    subject: str,
+    evidence: str | None,
+    top: int,
+    form: str | None,
+    keys: tuple[str, ...],
+    identities: tuple[tuple[str, str], ...],
+    trusted_root: str | None,
+) -> int:
+    """Say what an image or a container was seen to do, since when, and how far that is all of it.
+
+    SUBJECT is an image digest (sha256:…), a container id (docker://…, or its beginning), or the beginning of a
+    container's name.  The evidence is verified first, then searched; no node and no network is needed.
+    For each kind (files, programs, connections, functions, TLS) it lists what was seen, with the place of a line to
+    prove it by, and says whether silence means absence: which probes watched, what was lost, when nothing ran.
+
+    \b
+    Examples:
+      stella signals inspect sha256:9f1c…
+      stella signals inspect 4be1c2d3e4f5 --top 50
+      stella signals inspect sha256:9f1c… --evidence january-evidence.tar.gz --key signer.pem --format json
+    Exit codes: 0 answered, seen or not; 1 the evidence does not verify (what it shows is shown), 4 no evidence
+    """
+    from stella_cli import inspecting
+
+    return inspecting.run(
+        subject,
+        evidence=evidence,
+        config=remembered("config"),
+        target=remembered("target"),
+        named=named_trust(keys, identities, trusted_root),
+        top=top,
+        as_json=form == "json",
+    )
