@@ -169,13 +169,23 @@ def _left_out(row: Mapping[str, Any]) -> list[str]:
 
 def stats(settings: Settings, *, memory: bool, as_json: bool) -> None:
     """Print counters and gauges, one a line: name, value, unit.  With `memory`, memory instead."""
-    body = gateway.get(settings, "/status").json()
-    rows = list(memory_rows(settings, gateway.running_node(settings), body) if memory else _figures(settings, body))
     if as_json:
-        click.echo(json.dumps([{"name": n, "value": v, "unit": u} for n, v, u in rows]))
+        click.echo(json.dumps([{"name": n, "value": v, "unit": u} for n, v, u in _stats(settings, memory=memory)]))
         return
-    for name, value, unit in rows:
-        click.echo(f"{console.printable(name)} {_number(value)} {unit}".rstrip())
+    click.echo(stats_text(settings, memory=memory), nl=False)
+
+
+def stats_text(settings: Settings, *, memory: bool) -> str:
+    """Return what `stats` prints."""
+    return "".join(
+        f"{console.printable(name)} {_number(value)} {unit}".rstrip() + "\n"
+        for name, value, unit in _stats(settings, memory=memory)
+    )
+
+
+def _stats(settings: Settings, *, memory: bool) -> list[tuple[str, float, str]]:
+    body = gateway.get(settings, "/status").json()
+    return list(memory_rows(settings, gateway.running_node(settings), body) if memory else _figures(settings, body))
 
 
 def _figures(settings: Settings, body: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:

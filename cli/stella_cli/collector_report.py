@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Final
 
-from stella_cli.settings import Settings
 from stella_shared.errors import BrokenPromise, NotFound, NotPermitted, StellaError, TryAgain, UsageError
 
 LIMIT_SECONDS: Final = 60.0
@@ -20,11 +20,14 @@ _BY_EXIT_CODE: Final[dict[int, type[StellaError]]] = {
 }
 
 
-def ask(settings: Settings, *flags: str) -> Any:
-    """Return the report that the collector prints for `flags`.  Raises the error that its exit code stands for."""
+def ask(config: Path | None, *flags: str) -> Any:
+    """Return the report that the collector prints for `flags`, with the configuration in a file or the defaults.
+
+    Raises the error that its exit code stands for.
+    """
     command = [sys.executable, "-m", "stella_collector", *flags]
-    if settings.path is not None:
-        command += ["--config", str(settings.path)]
+    if config is not None:
+        command += ["--config", str(config)]
     try:
         done = subprocess.run(command, capture_output=True, env=dict(os.environ), timeout=LIMIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:

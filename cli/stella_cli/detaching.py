@@ -106,7 +106,7 @@ def run(settings: Settings, *, everything: bool, pins: bool, dry_run: bool, wait
 
 def _look(settings: Settings, how: str) -> _Found:
     try:
-        return msgspec.convert(collector_report.ask(settings, "--loaded", how), _Found)
+        return msgspec.convert(collector_report.ask(settings.path, "--loaded", how), _Found)
     except msgspec.ValidationError as e:
         raise BrokenPromise(f"the collector's report of programs: {e}") from None
 

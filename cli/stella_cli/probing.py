@@ -19,7 +19,7 @@ _HEADINGS: Final = {"attach_point": "attach point", "kernel": "kernel has it", "
 
 def run(settings: Settings, *, as_json: bool) -> None:
     """Print the report.  Raises `NotPermitted` or `BadAnswer` when a probe that is switched on does not attach."""
-    rows = _rows(collector_report.ask(settings, "--test-probes", "--format", "json"))
+    rows = _rows(collector_report.ask(settings.path, "--test-probes", "--format", "json"))
     bad = [row for row in rows if not row.get("attached") and not str(row.get("reason")).startswith(_OFF)]
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False, indent=2))

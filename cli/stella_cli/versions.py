@@ -9,7 +9,9 @@ from importlib import metadata
 
 import click
 
+from stella_cli import collector_report
 from stella_shared import VERSION
+from stella_shared.errors import StellaError
 
 _DISTRIBUTION = "stella-signals"
 
@@ -22,14 +24,25 @@ def package_version() -> str:
         return VERSION
 
 
-def show(*, as_json: bool) -> None:
-    """Print the versions of everything that shapes the evidence."""
+def found() -> dict[str, str]:
+    """Return the versions by name: ours, libbpf and the BPF object (its digest), Python, the kernel."""
     system = os.uname()
-    facts = {
+    try:
+        told = collector_report.ask(None, "--versions")
+    except StellaError:
+        told = {}
+    return {
         _DISTRIBUTION: package_version(),
+        "libbpf": str(told.get("libbpf", "not installed")),
+        "bpf-object": str(told.get("bpf-object", "not installed")),
         "python": platform.python_version(),
         "kernel": f"{system.release} {system.machine}",
     }
+
+
+def show(*, as_json: bool) -> None:
+    """Print the versions of everything that shapes the evidence."""
+    facts = found()
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,7 +69,9 @@ def test_version_answers_in_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     assert 0 == commands.run(["version", "--format", "json"])
     facts = json.loads(capsys.readouterr().out)
     assert [f"{k} {v}" for k, v in facts.items()] == text.splitlines()
-    assert {"stella-signals", "python", "kernel"} == set(facts)
+    assert ["stella-signals", "libbpf", "bpf-object", "python", "kernel"] == list(facts)
+    assert re.fullmatch(r"1\.[0-9]+", facts["libbpf"])
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", facts["bpf-object"])
 
 
 def test_version_is_quick() -> None:
@@ -270,3 +273,27 @@ def test_test_probes_shows_the_collectors_report(
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["a", "yes", "x"]
     assert 1 == report(on, bad)
     assert "Error: 1 of 2 probes do not attach: c\nHint: install it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_what_completes_our_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script names the program; the answer to it names commands and options."""
+    assert 0 == commands.run(["completion", shell])
+    script = capsys.readouterr().out
+    assert "_STELLA_COMPLETE" in script
+    assert f"{shell}_complete" in script
+
+
+def test_completion_knows_commands_and_options() -> None:
+    """`stella signals in<TAB>` offers what begins so, `stella signals inspect --to<TAB>` its option."""
+    for words, wanted in (("stella signals in", {"init", "inspect"}), ("stella signals inspect --to", {"--top"})):
+        environment = {
+            **os.environ,
+            "_STELLA_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "stella_cli"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert wanted == {line.partition(",")[2] for line in done.stdout.splitlines()}

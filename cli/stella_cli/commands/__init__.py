@@ -24,6 +24,10 @@ __all__ = ["chain", "configuration", "evidence", "itself", "kernel", "node", "ru
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.  Every failure has been told on stderr by then."""
     as_json = failure.wants_json(arguments)
+    if instruction := os.environ.get("_STELLA_COMPLETE"):
+        from stella_cli import completing
+
+        return completing.complete(stella, instruction)
     try:
         code = stella.main(args=arguments, prog_name="stella", standalone_mode=False)
         sys.stdout.flush()

@@ -167,3 +167,30 @@ def tail(types: tuple[str, ...], count: int | None, form: str | None) -> None:
     from stella_cli import tailing
 
     tailing.run(settings(), list(types), count, form)
+
+
+@signals.command("support-bundle", short_help="Pack what a support case needs, without secrets.")
+@everywhere
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="The archive to write. Without it: stella-support-NODE-TIME.tar.gz here.",
+)
+@click.option("--no-verify", is_flag=True, help="Leave the verification of the chain out: it reads all evidence.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def support_bundle(output: str | None, no_verify: bool, force: bool) -> None:
+    """Pack what a support case needs into one archive: state, figures, configuration, kernel, logs, chain.
+
+    Works whether or not a node runs; what cannot be collected says why in its manifest.json.
+    Passwords, keys and tokens of the node are taken out.  Logs may hold names and paths: look through it.
+
+    \b
+    Examples:
+      sudo stella signals support-bundle
+      sudo stella signals support-bundle --output case-17.tar.gz --no-verify
+    Exit codes: 0 written, 2 the file is there, 3 it cannot be written
+    """
+    from stella_cli import bundling
+
+    bundling.run(settings(), output, verify=not no_verify, force=force)

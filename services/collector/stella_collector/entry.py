@@ -11,6 +11,8 @@ import anyio
 import msgspec
 
 from stella_collector import app, loaded, probe_test, replay
+from stella_collector.kernel import OBJECT, sha256_of
+from stella_collector.libbpf import Libbpf
 from stella_shared import allocator, config, log
 from stella_shared.errors import StellaError
 
@@ -24,9 +26,13 @@ def main() -> int:
     parser.add_argument("--format", choices=("json",), default="json", help="format of --test-probes")
     parser.add_argument("--loaded", choices=("list", "detach"), help="print JSON: our programs in this kernel")
     parser.add_argument("--replay", type=Path, help="play recorded ring bytes instead of loading probes")
+    parser.add_argument("--versions", action="store_true", help="print JSON: libbpf and the BPF object")
     arguments = parser.parse_args()
     code = 0
     try:
+        if arguments.versions:
+            print(msgspec.json.encode(versions()).decode())
+            return 0
         signals = config.load(arguments.config, os.environ)
         log.setup("collector", signals.logging)
         allocator.keep_large_blocks()
@@ -45,6 +51,16 @@ def main() -> int:
         print(f"Error: {error}" + (f"\nHint: {error.hint}" if error.hint else ""), file=sys.stderr)
         code = error.exit_code
     return code
+
+
+def versions() -> dict[str, str]:
+    """Return what the probes are made of; a part that is not there says so."""
+    try:
+        libbpf = Libbpf().version
+    except StellaError:
+        libbpf = "not found"
+    digest = sha256_of(OBJECT)
+    return {"libbpf": libbpf, "bpf-object": f"sha256:{digest}" if digest else "not built"}
 
 
 def first(group: BaseExceptionGroup[StellaError]) -> StellaError:
