@@ -219,6 +219,24 @@ def test_losses_are_dated_once() -> None:
     assert [0, 7, 0, 0, 0, 2, 0] == status["rates"]["history_lost_per_second"]
 
 
+def test_rates_by_type_are_means_over_some_seconds() -> None:
+    """Lines a second of each type; an enricher that starts anew makes none negative, and silence ends them."""
+    board = healthy()
+    opens, execs = (metrics.key(metrics.EVENTS_TOTAL, type=name) for name in ("file_open", "process_exec"))
+    for now, total in ((1.0, 0.0), (2.0, 100.0), (3.0, 200.0)):
+        board.hear(beat("enricher", "n-1", values={opens: total, execs: 4.0}), now)
+        board.tick(now)
+    status: dict[str, Any] = board.status(3.0)
+    assert {"file_open": 100.0, "process_exec": 0.0} == status["rates"]["by_type_per_second"]
+    board.hear(beat("enricher", "n-1", values={opens: 5.0}), 4.0)
+    board.tick(4.0)
+    status = board.status(4.0)
+    assert status["rates"]["by_type_per_second"]["file_open"] >= 0.0
+    board.tick(30.0)
+    status = board.status(30.0)
+    assert {} == status["rates"]["by_type_per_second"]
+
+
 def test_histograms_are_cumulative_and_p99_is_in_milliseconds() -> None:
     """Buckets add up to the count, and the runbook's p99 is in milliseconds."""
     board = healthy()

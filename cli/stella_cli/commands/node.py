@@ -194,3 +194,31 @@ def support_bundle(output: str | None, no_verify: bool, force: bool) -> None:
     from stella_cli import bundling
 
     bundling.run(settings(), output, verify=not no_verify, force=force)
+
+
+@signals.command(short_help="Show what the node does, live.")
+@everywhere
+@click.option("--once", is_flag=True, help="Print one frame and end.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.2, 60),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time between two looks.",
+)
+def top(once: bool, interval: float) -> None:
+    """Show what the node does, live: rates by type, ring, queues, drops, the chain, what waits for the log.
+
+    q quits.  A node that goes away is said to be away, and is shown again when it is back.
+    The same is on the gateway's page: http://localhost:9090/
+
+    \b
+    Examples:
+      stella signals top
+      stella signals top --once | head -20
+    Exit codes: 0 ended, 4 nothing runs, 10 it runs but its gateway does not answer
+    """
+    from stella_cli import live_view
+
+    live_view.run(settings(), once=once, interval_seconds=interval)

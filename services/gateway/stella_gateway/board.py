@@ -20,6 +20,8 @@ SILENT_SECONDS: Final = 5.0
 FORGOTTEN_SECONDS: Final = 900.0
 HISTORY_SECONDS: Final = 120
 LATENCY_WINDOW_SECONDS: Final = 60.0
+#: Rates by event type are means over this long.
+TYPE_RATE_SECONDS: Final = 5
 #: A node has a handful; more than this is a mistake, and must not fill our memory.
 MAX_INSTANCES: Final = 256
 MAX_METRICS: Final = 1024
@@ -112,6 +114,7 @@ class Board:
         self._rates: deque[float] = deque(maxlen=HISTORY_SECONDS)
         self._losses: deque[float] = deque(maxlen=HISTORY_SECONDS)
         self._lost_before: float | None = None
+        self._types: deque[tuple[float, dict[str, float]]] = deque(maxlen=TYPE_RATE_SECONDS + 1)
 
     # ---- in
 
@@ -138,6 +141,10 @@ class Board:
         total = self._lost_before if lost is None else sum(lost.values())
         self._losses.append(max(0.0, (total or 0.0) - (self._lost_before or 0.0)))
         self._lost_before = total
+        if (types := self._by(metrics.EVENTS_TOTAL, "type", now)) is None:
+            self._types.clear()
+        else:
+            self._types.append((now, types))
         for who, instance in list(self._instances.items()):
             silent = instance.silent_seconds(now)
             left = instance.beat.state == "stopping" and silent > SILENT_SECONDS
@@ -219,6 +226,7 @@ class Board:
             "components": health.components,
             "rates": {
                 "events_per_second": self._sum(metrics.EVENTS_RATE, now),
+                "by_type_per_second": self._type_rates(),
                 "history_events_per_second": [round(rate, 1) for rate in self._rates],
                 "history_lost_per_second": [round(lost, 1) for lost in self._losses],
             },
@@ -239,6 +247,8 @@ class Board:
                 "filtered_by_cause": self._by(metrics.FILTERED_TOTAL, "cause", now),
                 "lost_by_cause": self._by(metrics.DROPS_TOTAL, "cause", now),
                 "chunks_signed": self._sum(metrics.CHUNKS_SIGNED, now),
+                "chunks_logged": self._sum(metrics.CHUNKS_LOGGED, now),
+                "rekor_pending": self._sum(metrics.REKOR_PENDING, now),
                 "rekor_failures": self._sum(metrics.REKOR_FAILURES, now),
             },
             "probes": self._probes(now),
@@ -253,6 +263,14 @@ class Board:
     def _sum(self, name: str, now: float) -> float | None:
         """Return the sum over all live instances; None when none tells: that is not the same as 0."""
         return sum(figures) if (figures := self._figures(name, now)) else None
+
+    def _type_rates(self) -> dict[str, float]:
+        """Return evidence lines a second by event type; {} until two looks at the totals are known."""
+        if len(self._types) < 2:
+            return {}
+        (then, old), (now, new) = self._types[0], self._types[-1]
+        # A restarted enricher counts from 0 again.
+        return {name: round(max(0.0, n - old.get(name, 0.0)) / (now - then), 1) for name, n in new.items()}
 
     def _max(self, name: str, now: float) -> float | None:
         return max(self._figures(name, now), default=None)
