@@ -217,6 +217,7 @@ def test_losses_are_dated_once() -> None:
         board.tick(now)
     status: dict[str, Any] = board.status(23.0)
     assert [0, 7, 0, 0, 0, 2, 0] == status["rates"]["history_lost_per_second"]
+    assert 7 == len(status["queues"]["history_ringbuf_usage_percent"])
 
 
 def test_rates_by_type_are_means_over_some_seconds() -> None:
@@ -309,6 +310,7 @@ def test_status_puts_probes_chain_and_accounting_together() -> None:
             "attached": False,
             "wanted": True,
             "attach_point": "",
+            "scope": "node",
             "reason": "no libssl",
             "fix": "install it",
         }

@@ -113,6 +113,7 @@ class Board:
         self._seen: set[str] = set()
         self._rates: deque[float] = deque(maxlen=HISTORY_SECONDS)
         self._losses: deque[float] = deque(maxlen=HISTORY_SECONDS)
+        self._ring: deque[float] = deque(maxlen=HISTORY_SECONDS)
         self._lost_before: float | None = None
         self._types: deque[tuple[float, dict[str, float]]] = deque(maxlen=TYPE_RATE_SECONDS + 1)
 
@@ -135,8 +136,9 @@ class Board:
         self._bus = State(state, reason)
 
     def tick(self, now: float) -> None:
-        """Once a second: note the rate for the history, forget who is long gone."""
+        """Once a second: note rates, losses and the ring's fill for the histories, forget who is long gone."""
         self._rates.append(self._sum(metrics.EVENTS_RATE, now) or 0.0)
+        self._ring.append(self._max(metrics.RINGBUF_USAGE, now) or 0.0)
         lost = self._by(metrics.DROPS_TOTAL, "cause", now)
         total = self._lost_before if lost is None else sum(lost.values())
         self._losses.append(max(0.0, (total or 0.0) - (self._lost_before or 0.0)))
@@ -232,6 +234,7 @@ class Board:
             },
             "queues": {
                 "ringbuf_usage_percent": self._max(metrics.RINGBUF_USAGE, now),
+                "history_ringbuf_usage_percent": [round(percent, 1) for percent in self._ring],
                 "ringbuf_bytes": self._sum(metrics.RINGBUF_BYTES, now),
                 "spool_bytes": self._sum(metrics.SPOOL_BYTES, now),
                 "sign_lag_batches": self._sum(metrics.SIGN_LAG_BATCHES, now),
@@ -345,4 +348,4 @@ _LATENCIES: Final = {
 #: What a signer says of its chain.
 _CHAIN: Final = ("chain_id", "index", "last_statement_sha256", "open_lines", "open_bytes", "key_hint")
 #: What a collector may say of a probe beside its name, and what holds when it does not.
-_PROBE_DETAIL: Final[dict[str, object]] = {"wanted": True, "attach_point": "", "reason": "", "fix": ""}
+_PROBE_DETAIL: Final[dict[str, object]] = {"wanted": True, "attach_point": "", "scope": "node", "reason": "", "fix": ""}
