@@ -77,7 +77,7 @@ class Told(Source):
         return canonical.dumps({**self.lines[lane, seq], **place, "comm": "sh", "pid": 7}) + b"\n"
 
 
-MINE = {"container_id": CONTAINER, "image_digest": IMAGE}
+MINE = {"container_id": CONTAINER, "image_digest": IMAGE, "exe": "/bin/dash", "exe_build_id": "bb" * 20}
 THEIRS = {"container_id": "docker://" + "cd" * 32, "image_digest": OTHER}
 
 
@@ -152,7 +152,9 @@ def test_what_was_seen_is_grouped_counted_and_can_be_proved(tmp_path: Path) -> N
     assert [CONTAINER] == [row["thing"]["container_id"] for row in answer["seen"]["containers"]]
     files = [(r["thing"]["path"], r["thing"]["result"], r["events"]) for r in kind(answer, "files")["rows"]]
     assert [("/etc/passwd", "ok", 3), ("/etc/shadow", "EACCES", 1)] == files
-    assert "/bin/sh" == kind(answer, "programs")["rows"][0]["thing"]["program"]
+    programs = [(r["events"], r["thing"]) for r in kind(answer, "programs")["rows"]]
+    dash = {"program": "/bin/dash", "build_id": "bb" * 20}
+    assert [(7, dash | {"seen_as": "acted"}), (1, dash | {"asked_for": "/bin/sh", "seen_as": "started"})] == programs
     connection = kind(answer, "connections")["rows"][0]["thing"]
     assert ("10.1.2.3", "443", "in progress") == (connection["address"], connection["port"], connection["result"])
     assert "dial" == kind(answer, "functions")["rows"][0]["thing"]["function"]

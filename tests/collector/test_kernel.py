@@ -17,7 +17,7 @@ from stella_collector import ring
 from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
 from stella_collector.probe_cost import WORK
-from stella_collector.targets import cgroup_root
+from stella_collector.targets import hierarchies
 from stella_shared import events
 from stella_shared.events import FileOpen, NetConnect, ProcessExec, TcpState
 from tests.collector.conftest import Watch, signals_of
@@ -464,7 +464,7 @@ def test_the_cost_of_a_probe_is_measured_on_a_workload_of_its_own(tmp_path: Path
     for name, (_, count, bursts) in WORK.items():
         assert rows[name]["cost_events"] >= count * bursts, rows[name]
         assert 20 < rows[name]["cost_ns"] < 1_000_000, rows[name]
-    assert not (cgroup_root() / f"stella-test-probes-{collector.pid}").exists()
+    assert not (hierarchies()[0].root / f"stella-test-probes-{collector.pid}").exists()
 
 
 def test_a_tcp_connection_is_seen_from_both_ends(watch: Start) -> None:

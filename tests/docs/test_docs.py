@@ -175,7 +175,7 @@ def test_the_runbook_has_every_section_that_errors_name() -> None:
     """Every `runbook=` value is a heading of the runbook, under the name that the command prints."""
     named = set(failure.RUNBOOK_SECTIONS)
     for source in SOURCES:
-        named |= set(re.findall(r'runbook(?:: str)? ?= ?"([a-z-]+)"', text_of(source)))
+        named |= set(re.findall(r'(?i)_?runbook"?(?:: (?:str|Final))?(?: ?= ?|: )"([a-z-]+)"', text_of(source)))
     found = headings(RUNBOOK)
     assert set() == named - set(found)
     assert failure.RUNBOOK_SECTIONS == {key: found[key] for key in failure.RUNBOOK_SECTIONS}

@@ -98,3 +98,17 @@ async def test_a_damaged_memory_of_checkpoints_is_told_and_the_signer_goes_on(
                 while not out.reason():
                     await anyio.sleep(0.01)
         assert "checkpoints.json" in out.reason() and around.log.requests["v2.submit"] == 0
+
+
+def test_a_failure_is_told_once_for_each_reason_with_its_runbook_section(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Failed to submit to Rekor: …`: not again every few seconds, and the section stands beside it."""
+    out = Outbound(config.load(None, {}), logging.getLogger("test"), lambda: None)
+    with caplog.at_level(logging.WARNING):
+        for reason in ("connection refused", "connection refused", "time-out"):
+            out._tell("warning", "Failed to submit to Rekor", reason)
+    assert [
+        ("Failed to submit to Rekor: connection refused", "issue-rekor-submission-failures"),
+        ("Failed to submit to Rekor: time-out", "issue-rekor-submission-failures"),
+    ] == [(record.getMessage(), vars(record)["runbook"]) for record in caplog.records]

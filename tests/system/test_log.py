@@ -60,7 +60,8 @@ def test_a_node_logs_its_chunks_and_outlives_an_outage(tmp_path: Path, version: 
             until(lambda: "Failed to submit to Rekor: connection refused" in str(signer(node)["reason"]))
             health = node.get("/health")
             assert health["components"]["signer"]["state"] == "degraded"
-            assert "Failed to submit to Rekor" in node.logs()
+            assert "Failed to submit to Rekor: connection refused" in node.logs()
+            assert "runbook=issue-rekor-submission-failures" in node.logs()
             work(node)
             until(lambda: signer(node)["pending"] >= 2)
             around.log.up()

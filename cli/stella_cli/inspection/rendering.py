@@ -9,10 +9,11 @@ import click
 from stella_cli import console
 from stella_cli.console import printable
 from stella_cli.inspection.answer import Answer, KindAnswer, Moment, Row
+from stella_cli.inspection.sightings import COLUMNS
 from stella_cli.inspection.watch import Scope, spans
 
 _NOUNS = {"image": "Image", "container": "Container", "container_name": "Containers named"}
-_HEADINGS = {"seen_as": "seen as", "build_id": "build-id"}
+_HEADINGS = {"seen_as": "seen as", "build_id": "build-id", "asked_for": "asked for"}
 
 
 def show(answer: Answer) -> None:
@@ -115,7 +116,7 @@ def _kind(kind: KindAnswer, answer: Answer) -> None:
 
 
 def _rows(kind: KindAnswer) -> None:
-    names = [name for name in _columns(kind) if any(name in row.thing for row in kind.rows)]
+    names = _columns(kind)
     sized = any(row.bytes is not None for row in kind.rows)
     table = []
     for row in kind.rows:
@@ -131,11 +132,7 @@ def _rows(kind: KindAnswer) -> None:
 
 
 def _columns(kind: KindAnswer) -> list[str]:
-    found: dict[str, None] = {}
-    for row in kind.rows:
-        found.update(dict.fromkeys(row.thing))
-    from stella_cli.inspection.sightings import COLUMNS
-
+    found = {name for row in kind.rows for name in row.thing}
     return [name for name in COLUMNS[kind.kind] if name in found]
 
 

@@ -36,6 +36,8 @@ class Line(msgspec.Struct, frozen=True):
     container_id: str = ""
     container_name: str = ""
     image_digest: str = ""
+    exe: str = ""
+    exe_build_id: str = ""
 
 
 class Thing:
@@ -86,7 +88,7 @@ class Kind:
 #: What tells things of a kind apart, in the order of their key.
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "files": ("path", "access", "result"),
-    "programs": ("program", "interpreter"),
+    "programs": ("program", "build_id", "asked_for", "interpreter", "seen_as"),
     "connections": ("direction", "family", "address", "port", "result"),
     "functions": ("function", "binary", "build_id", "seen_as"),
     "tls": ("direction", "library"),
@@ -116,7 +118,7 @@ class Sightings:
             self.unreadable += 1  # a type of a later release: it is in the sum above
             return
         counted: set[str] = set()
-        for kind, key, size in read(line.event):
+        for kind, key, size in (*_program(line), *read(line.event)):
             if kind not in counted:
                 self.kinds[kind].events += 1
                 counted.add(kind)
@@ -145,8 +147,24 @@ def _file_open(event: dict[str, Any]) -> Iterator[_Row]:
     yield "files", (shown, _text(event.get("access")), outcome(event.get("result"))), 0
 
 
+def _program(line: Line) -> Iterator[_Row]:
+    """Yield what was started, and what acts: a program may have been running before anybody watched."""
+    build_id = _text(line.exe_build_id)
+    if line.event.get("type") == "process_exec":
+        asked = _text(line.event.get("filename"))
+        exe = _text(line.exe) or asked
+        yield (
+            "programs",
+            (exe, build_id, asked if asked != exe else "", _text(line.event.get("interpreter")), "started"),
+            0,
+        )
+    elif line.exe:
+        yield "programs", (_text(line.exe), build_id, "", "", "acted"), 0
+
+
 def _process_exec(event: dict[str, Any]) -> Iterator[_Row]:
-    yield "programs", (_text(event.get("filename")), _text(event.get("interpreter"))), 0
+    del event  # `_program` has read it
+    return iter(())
 
 
 def _net_connect(event: dict[str, Any]) -> Iterator[_Row]:

@@ -33,7 +33,9 @@ class Sense(NamedTuple):
 #: Kind of things → what sees it.
 SENSES: Final[dict[str, Sense]] = {
     "files": Sense(("sys_enter_openat",), ("syscall",), "opens by open, openat and openat2; not by io_uring"),
-    "programs": Sense(("sched_process_exec",), ("exec",)),
+    "programs": Sense(
+        ("sched_process_exec",), ("exec",), "programs that were started, and those that did something else that is here"
+    ),
     "connections": Sense(
         ("libc_connect", "libc_accept", "inet_sock_set_state"),
         ("syscall", "sock", "uprobe"),

@@ -214,9 +214,14 @@ class Collector:
         return ledger if self._held is None else join(self._held, ledger)
 
     def _warn_of_drops(self, now: float) -> None:
+        # At most once in five seconds, with all that were dropped since; `inf` tells the rest at the end.
         dropped = self.lost.get("ring_full", 0)
         if dropped > self._drops_told and now - self._drops_untold_since >= 5.0:
-            log.warning("Ring buffer full, %d events dropped", dropped - self._drops_told)
+            log.warning(
+                "Ring buffer full, %d events dropped",
+                dropped - self._drops_told,
+                extra={"dropped": dropped - self._drops_told, "runbook": "issue-ring-buffer-overflow"},
+            )
             self._drops_told, self._drops_untold_since = dropped, now
 
     async def finish(self) -> None:
@@ -230,6 +235,7 @@ class Collector:
             drained, ledger = self.drain(last=final)
             await self.emit(self._held_back(ledger), drained.records, final=final)
             self._held = None
+        self._warn_of_drops(float("inf"))
         with anyio.move_on_after(15.0) as scope:
             await self.spool.wait_empty()
         if scope.cancelled_caught:

@@ -54,6 +54,7 @@ _NOTICE_PROGRAMS: Final = ("stella_note_exec", "stella_note_map", "stella_real_i
 _FUNCTION_PROGRAMS: Final = (
     "stella_fn_trace", "stella_fn_count", "stella_fn_trace1", "stella_fn_count1", "stella_fn_flush", "stella_fn_exit",
 )  # fmt: skip
+_RUNBOOK: Final = "issue-probe-failed-to-attach"
 #: struct stella_program and struct stella_cgroup, without their paths, which end at WALK_MAX of WALK_ROOM bytes.
 PROGRAM_HEAD: Final = struct.Struct("<QIHBB")
 CGROUP_HEAD: Final = struct.Struct("<HBBI")
@@ -353,7 +354,7 @@ class Kernel:
         state.kernel = not isinstance(error, NotFound)
         if isinstance(error, NotFound) and not tracefs_ready():
             state.fix = "mount tracefs: mount -t tracefs tracefs /sys/kernel/tracing"
-        log.error("%s", error, extra={"probe": state.name, "fix": state.fix})
+        log.error("%s", error, extra={"probe": state.name, "fix": state.fix, "runbook": _RUNBOOK})
 
     def _attach_node(self, probe: Probe) -> list[Link]:
         links: list[Link] = []

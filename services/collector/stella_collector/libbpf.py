@@ -316,7 +316,8 @@ class Program:
     def attach_tracepoint(self, category: str, name: str) -> Link:
         """Attach to tracepoint `category`/`name` (needs tracefs)."""
         handle = self._lib.bpf_program__attach_tracepoint(self._handle, category.encode(), name.encode())
-        return self._link(handle, f"tracepoint/{category}/{name}")
+        # A call is watched at its entry and at its exit; a failure names the entry, as configuration and runbook do.
+        return self._link(handle, f"tracepoint/{category}/{name.replace('sys_exit_', 'sys_enter_')}")
 
     def attach_uprobe(self, path: str, function: str, *, pid: int, returning: bool, cookie: int) -> Link:
         """Attach to `function` of the file at `path`, in process `pid` or in every process (-1)."""

@@ -79,13 +79,14 @@ def _timing(lib: Libbpf) -> Iterator[None]:
 @contextlib.contextmanager
 def _cgroup() -> Iterator[tuple[Path, Target]]:
     """Make a cgroup for the length of the block."""
-    path = targets.cgroup_root() / f"stella-test-probes-{os.getpid()}"
+    hierarchy = targets.hierarchies()[0]
+    path = hierarchy.root / f"stella-test-probes-{os.getpid()}"
     try:
         path.mkdir()
     except OSError as e:
         raise StellaError(f"no cgroup for a workload: {e.strerror}") from None
     try:
-        yield path, Target(f"/{path.name}", path.stat().st_ino, 1)
+        yield path, Target(f"/{path.name}", path.stat().st_ino | hierarchy.flag, 1)
     finally:
         for _ in range(100):
             with contextlib.suppress(OSError):

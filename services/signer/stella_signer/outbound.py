@@ -221,7 +221,7 @@ class Outbound:
         text = f"{what}: {reason}"
         if text != self._told:
             self._told = text
-            getattr(self._log, level)(text)
+            getattr(self._log, level)(text, extra={"runbook": "issue-rekor-submission-failures"})
 
     # -- what others see -------------------------------------------------------------------------------
 
