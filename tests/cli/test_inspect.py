@@ -330,12 +330,65 @@ def test_lines_of_the_open_chunk_are_shown_and_said_to_be_unsigned(tmp_path: Pat
     assert answer["evidence"]["open_chunk"] == answer["seen"]["last"]["chunk"]
 
 
+def test_an_image_is_found_by_name_pod_and_registry_digest_and_no_label_passes_for_it(tmp_path: Path) -> None:
+    """Members of the line itself count; the same words as a label or in a path do not."""
+    told = Told()
+    manifest = "sha256:" + "77" * 32
+    mine = {
+        **MINE,
+        "image_name": "registry.example/shop:1.2",
+        "image_repo_digests": [f"registry.example/shop@{manifest}"],
+        "kubernetes": {"namespace": "shop", "pod": "shop-7d4f"},
+    }
+    liar = {**THEIRS, "labels": {"image_digest": IMAGE, "pod": "shop-7d4f", "image_name": "registry.example/shop:1.2"}}
+    made = site(
+        tmp_path,
+        told.say(
+            (SYSCALL, opened("/etc/a"), mine),
+            (SYSCALL, opened("/etc/b"), liar),
+            (SYSCALL, opened(f"/etc/x@{manifest}"), THEIRS),
+            coverage=coverage(),
+        ),
+        told.say(final=True),
+    )
+    for asked_for in (IMAGE, manifest, "registry.example/shop", "shop-7d"):
+        answer = asked(made, asked_for)
+        assert [("/etc/a", 1)] == [(r["thing"]["path"], r["events"]) for r in kind(answer, "files")["rows"]], asked_for
+    assert "shop-7d4f" == answer["seen"]["containers"][0]["thing"]["pod"]
+
+
+def test_watched_functions_are_counted_and_their_silence_means_something(tmp_path: Path) -> None:
+    """Calls are added up; files that could not be watched are named; without any, functions say nothing."""
+    told = Told()
+    binaries = [
+        {"binary": "/srv/app", "mode": "count", "functions": 12, "build_id": "aa"},
+        {"binary": "/srv/old", "mode": "trace", "functions": 0, "reason": "no symbols"},
+    ]
+    call = {"type": "function_call", "binary": "/srv/app", "build_id": "aa", "offset": 16, "symbol": "pay"}
+    made = site(
+        tmp_path,
+        told.say(
+            (UPROBE, {**call, "count": 40}, MINE),
+            (UPROBE, {**call, "count": 2}, MINE),
+            coverage=coverage(binaries=binaries),
+        ),
+        told.say(final=True),
+    )
+    answer = asked(made, IMAGE)
+    row = kind(answer, "functions")["rows"][0]
+    assert (2, 42, "pay") == (row["events"], row["calls"], row["thing"]["function"])
+    complete = kind(answer, "functions")["complete"]
+    assert "limited" == complete["verdict"]
+    assert "/srv/old was not attached in chunk" in complete["doubts"][0]["message"]
+    assert ["/srv/app (12)"] == answer["scope"]["functions"]
+
+
 def test_what_names_nothing_is_refused(tmp_path: Path) -> None:
     """Exit code 2 with what would be right; no evidence is exit code 4."""
     made = Site(tmp_path, chain=False)
     assert 2 == made.stella("inspect", "sha256:12").returncode
     assert 4 == made.stella("inspect", IMAGE, "--evidence", tmp_path / "nowhere").returncode
-    for text in ("", "sha256:xyz", "a b", "*"):
+    for text in ("", "sha256:xyz", "a b", "*", 'a"b'):
         with pytest.raises(UsageError):
             parse(text)
 

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from stella_cli.inspection.scan import Scan
-from stella_cli.inspection.sightings import COLUMNS, Place, Sightings, Thing
+from stella_cli.inspection.sightings import COLUMNS, CONTAINER_COLUMNS, Place, Sightings, Thing
 from stella_cli.inspection.subject import Subject
 from stella_cli.inspection.watch import SENSES, Belief, Chunk, Clock, Scope, believe, filtered_by_choice, scope_of
 from stella_shared.errors import BadAnswer, NotFound, NotPermitted, UsageError
@@ -42,13 +42,14 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that was done.  `thing` has the columns of its kind; `bytes` is of TLS alone."""
+    """One thing that was done.  `thing` has the columns of its kind; `bytes` is of TLS, `calls` of functions."""
 
     thing: dict[str, str]
     events: int
     first: Moment
     last: Moment
     bytes: int | None = None
+    calls: int | None = None
 
 
 class More(msgspec.Struct, frozen=True):
@@ -200,9 +201,10 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
         proof = f"{place.chunk}:{place.line}"
         return Moment(at, place.ts_ns, place.boot_id, place.chunk, place.line, proof, place.chunk in signed)
 
-    def row(names_: tuple[str, ...], key: tuple[str, ...], thing: Thing, *, sized: bool = False) -> Row:
-        values = {name: value for name, value in zip(names_, key, strict=True) if value}
-        return Row(values, thing.count, moment(thing.first), moment(thing.last), thing.bytes if sized else None)
+    def row(columns: tuple[str, ...], key: tuple[str, ...], thing: Thing, kind: str = "") -> Row:
+        values = {name: value for name, value in zip(columns, key, strict=True) if value}
+        sizes = {"tls": (thing.amount, None), "functions": (None, thing.amount or None)}.get(kind, (None, None))
+        return Row(values, thing.count, moment(thing.first), moment(thing.last), *sizes)
 
     found = scan.found
     kinds = []
@@ -214,7 +216,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
                 name,
                 kind.events,
                 len(kind.things),
-                [row(COLUMNS[name], key, thing, sized=name == "tls") for key, thing in listed],
+                [row(COLUMNS[name], key, thing, name) for key, thing in listed],
                 More(len(kind.things) - len(listed), rest, kind.unnamed_events),
                 list(SENSES[name].probes),
                 SENSES[name].limits,
@@ -233,7 +235,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
             moment(found.all.first) if found.all else None,
             moment(found.all.last) if found.all else None,
             {str(index): events for index, events in sorted(found.events_by_chunk.items())},
-            [row(("container_id", "container_name", "image_digest"), key, thing) for key, thing in containers],
+            [row(CONTAINER_COLUMNS, key, thing) for key, thing in containers],
             len(found.containers.things) - len(containers),
             found.unreadable,
         ),

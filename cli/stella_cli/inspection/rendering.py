@@ -12,7 +12,7 @@ from stella_cli.inspection.answer import Answer, KindAnswer, Moment, Row
 from stella_cli.inspection.sightings import COLUMNS
 from stella_cli.inspection.watch import Scope, spans
 
-_NOUNS = {"image": "Image", "container": "Container", "container_name": "Containers named"}
+_NOUNS = {"image": "Image", "container": "Container", "name": "Images and pods named"}
 _HEADINGS = {"seen_as": "seen as", "build_id": "build-id", "asked_for": "asked for"}
 
 
@@ -36,7 +36,7 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str]]:
         yield "Seen", f"{_events(seen.events)}, {_when(seen.first)} to {_when(seen.last)}, in {where}"
         for row in seen.containers:
             thing = row.thing
-            names = [thing[key] for key in ("container_id", "container_name") if key in thing]
+            names = [thing[key] for key in ("container_id", "pod", "image_name") if key in thing]
             image = thing.get("image_digest", "")
             of = f", image {image}" if image and answer.kind != "image" else ""
             yield "", f"{' '.join(names) or 'no container'}{of}: {_events(row.events)}, {_span(row)}"
@@ -81,6 +81,8 @@ def _scope(scope: Scope) -> Iterator[str]:
     if scope.paths_allow or scope.paths_deny:
         allowed = f"under {_list(scope.paths_allow)}" if scope.paths_allow else "of every path"
         yield f"files {allowed}" + (f", not under {_list(scope.paths_deny)}" if scope.paths_deny else "")
+    if scope.functions:
+        yield f"functions of {_list(scope.functions)}"
     if scope.networks_allow or scope.networks_deny:
         allowed = f"with {_list(scope.networks_allow)}" if scope.networks_allow else "with every network"
         yield f"connections {allowed}" + (f", not with {_list(scope.networks_deny)}" if scope.networks_deny else "")
@@ -102,7 +104,7 @@ def _kind(kind: KindAnswer, answer: Answer) -> None:
         case "holds":
             words = "This is all of it" if told else "You can believe it"
             click.secho(f"  {words}: ", fg="green", nl=False)
-            click.echo(f"{_probes(kind)} watched all the time, and nothing was lost.")
+            click.echo(_watching(kind))
         case "limited":
             words = "There may be more" if told else "Believe it with these doubts"
             click.secho(f"  {words}:", fg="yellow")
@@ -117,13 +119,13 @@ def _kind(kind: KindAnswer, answer: Answer) -> None:
 
 def _rows(kind: KindAnswer) -> None:
     names = _columns(kind)
-    sized = any(row.bytes is not None for row in kind.rows)
+    sizes = [name for name in ("bytes", "calls") if any(getattr(row, name) is not None for row in kind.rows)]
     table = []
     for row in kind.rows:
-        cells = [str(row.events), *([str(row.bytes or 0)] if sized else [])]
+        cells = [str(row.events), *(str(getattr(row, name) or "") for name in sizes)]
         cells += [row.thing.get(name, "") for name in names]
         table.append([*cells, _when(row.first), _when(row.last), row.first.proof])
-    headings = ["events", *(["bytes"] if sized else []), *(_HEADINGS.get(name, name) for name in names)]
+    headings = ["events", *sizes, *(_HEADINGS.get(name, name) for name in names)]
     console.table([*headings, "first", "last", "proof"], table)
     if kind.more.things:
         click.echo(f"  and {kind.more.things} more, {_events(kind.more.events)} (--top {kind.things} lists them)")
@@ -134,6 +136,12 @@ def _rows(kind: KindAnswer) -> None:
 def _columns(kind: KindAnswer) -> list[str]:
     found = {name for row in kind.rows for name in row.thing}
     return [name for name in COLUMNS[kind.kind] if name in found]
+
+
+def _watching(kind: KindAnswer) -> str:
+    if not kind.probes:
+        return "what was asked for was watched all the time, and nothing was lost."
+    return f"{_probes(kind)} watched all the time, and nothing was lost."
 
 
 def _probes(kind: KindAnswer) -> str:

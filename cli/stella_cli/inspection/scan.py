@@ -25,7 +25,7 @@ class Scan:
     def __init__(self, subject: Subject, found: Sightings) -> None:
         self.found = found
         self.unnamed: dict[str, int] = {}
-        self._needles = subject.needles
+        self._subject = subject
         # Whoever asks for a container needs its id alone; an image needs a runtime's answer too.
         self._reason = _REASON if subject.kind == "image" else _CONTAINER_REASON
         self._decode = msgspec.json.Decoder(Line).decode
@@ -48,26 +48,25 @@ class Scan:
             text = reason.decode(errors="replace")
             if text in self.unnamed or len(self.unnamed) < _REASONS_MAX:
                 self.unnamed[text] = self.unnamed.get(text, 0) + 1
-        # Offsets of hits in the order of the file, whichever needle they are of.
-        hits = sorted(self._hits(data, end))
         line, counted_to = before, 0
-        for hit in hits:
-            begin = data.rfind(b"\n", 0, hit) + 1
+        for begin in sorted(self._begins(data, end)):
             line += data.count(b"\n", counted_to, begin)
             counted_to = begin
-            text = data[begin : data.index(b"\n", hit)]
+            text = data[begin : data.index(b"\n", begin)]
             try:
                 seen = self._decode(text)
             except (msgspec.MsgspecError, RecursionError, UnicodeError):
                 self.found.unreadable += 1
                 continue
-            self.found.add(seen, Place(chunk, line + 1, seen.boot_id, seen.ts_ns))
+            if self._subject.is_of(seen):
+                self.found.add(seen, Place(chunk, line + 1, seen.boot_id, seen.ts_ns))
 
-    def _hits(self, data: bytes, end: int) -> list[int]:
-        found = []
-        for needle in self._needles:
+    def _begins(self, data: bytes, end: int) -> set[int]:
+        """Return where lines begin that hold a needle."""
+        found = set()
+        for needle in self._subject.needles:
             at = data.find(needle, 0, end)
             while at >= 0:
-                found.append(at)
+                found.add(data.rfind(b"\n", 0, at) + 1)
                 at = data.find(needle, data.index(b"\n", at), end)
         return found

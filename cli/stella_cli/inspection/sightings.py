@@ -34,26 +34,36 @@ class Line(msgspec.Struct, frozen=True):
     ts_ns: int
     event: dict[str, Any]
     container_id: str = ""
-    container_name: str = ""
     image_digest: str = ""
+    image_name: str = ""
+    image_repo_digests: list[str] = []
+    kubernetes: dict[str, Any] = {}
     exe: str = ""
     exe_build_id: str = ""
 
+    @property
+    def pod(self) -> str:
+        """The pod's name, "" outside Kubernetes."""
+        return str(self.kubernetes.get("pod") or "")
+
 
 class Thing:
-    """One thing that was done, how often, and the first and the last line of it.  `bytes` is of TLS alone."""
+    """One thing that was done: in how many events, and the first and the last line of it.
 
-    __slots__ = ("bytes", "count", "first", "last")
+    `amount` is bytes of TLS, and calls of functions, of which one event may stand for many.
+    """
+
+    __slots__ = ("amount", "count", "first", "last")
 
     def __init__(self, place: Place) -> None:
         self.count = 0
-        self.bytes = 0
+        self.amount = 0
         self.first = self.last = place
 
     def add(self, place: Place, size: int = 0) -> None:
         """Count one more.  Lines come in the order of the chain, which is not quite that of time."""
         self.count += 1
-        self.bytes += size
+        self.amount += size
         if self.first.boot_id == place.boot_id and place.ts_ns < self.first.ts_ns:
             self.first = place
         if self.last.boot_id != place.boot_id or place.ts_ns >= self.last.ts_ns:
@@ -85,6 +95,8 @@ class Kind:
         return ordered[:count]
 
 
+#: The same of containers.
+CONTAINER_COLUMNS: Final = ("container_id", "pod", "image_name", "image_digest")
 #: What tells things of a kind apart, in the order of their key.
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "files": ("path", "access", "result"),
@@ -111,7 +123,7 @@ class Sightings:
             self.all = Thing(place)
         self.all.add(place)
         self.events_by_chunk[place.chunk] = self.events_by_chunk.get(place.chunk, 0) + 1
-        names = (line.container_id, line.container_name, line.image_digest)
+        names = (line.container_id, line.pod, line.image_name, line.image_digest)
         self.containers.add(tuple(_text(name) for name in names), place)
         read = _READERS.get(str(line.event.get("type")))
         if read is None:
@@ -203,7 +215,8 @@ def _ssl_op(event: dict[str, Any]) -> Iterator[_Row]:
 
 
 def _function_call(event: dict[str, Any]) -> Iterator[_Row]:
-    yield "functions", (*_function(event), "called"), 0
+    count = event.get("count")
+    yield "functions", (*_function(event), "called"), count if isinstance(count, int) and count > 0 else 1
     for frame in event.get("stack") or ():
         if isinstance(frame, dict):
             yield "functions", (*_function(frame), "in a stack"), 0

@@ -41,7 +41,7 @@ SENSES: Final[dict[str, Sense]] = {
         ("syscall", "sock", "uprobe"),
         "connects and accepts by system call or libc, states of TCP; not UDP without connect",
     ),
-    "functions": Sense(("function_call", "functions", "watched_functions"), ("uprobe",), "functions that were named"),
+    "functions": Sense((), ("uprobe",), "the functions that were asked to be watched, and callers in recorded stacks"),
     "tls": Sense(
         ("openssl_read", "openssl_write"),
         ("uprobe",),
@@ -80,6 +80,7 @@ class Scope(msgspec.Struct, frozen=True):
     networks_allow: list[str]
     networks_deny: list[str]
     libraries: list[str]
+    functions: list[str]
     stand_in: str
 
 
@@ -147,6 +148,7 @@ def scope_of(chunks: Sequence[Chunk]) -> Scope:
         networks_allow=of_filters("networks_allow"),
         networks_deny=of_filters("networks_deny"),
         libraries=gather(lambda d: d.get("libraries")),
+        functions=sorted({f"{name}{of}" for c in chunks for name, attached, of in _functions(c) if attached}),
         stand_in=next((str(d["stand_in"]) for d in documents if d.get("stand_in")), ""),
     )
 
@@ -187,6 +189,8 @@ def _not_there(report: ChainReport, chunks: Sequence[Chunk]) -> list[Doubt]:
 
 def _probes(chunk: Chunk, kind: str) -> list[tuple[str, bool, str]]:
     """Return (name, attached, reason or scope) of the probes of a kind, in every document that held in a chunk."""
+    if kind == "functions":
+        return [(name, attached, "" if attached else of) for name, attached, of in _functions(chunk)]
     found = []
     for held in chunk.ledger.coverage:
         document = held.document if isinstance(held.document, dict) else {}
@@ -195,6 +199,21 @@ def _probes(chunk: Chunk, kind: str) -> list[tuple[str, bool, str]]:
                 attached = row.get("attached") is True
                 said = row.get("scope") if attached else row.get("reason")
                 found.append((str(row["name"]), attached, str(said or "")))
+    return found
+
+
+def _functions(chunk: Chunk) -> list[tuple[str, bool, str]]:
+    """Return (file, watched, how many functions of which image, or why none) of files asked to be watched."""
+    found = []
+    for held in chunk.ledger.coverage:
+        document = held.document if isinstance(held.document, dict) else {}
+        for row in document.get("binaries") or ():
+            if isinstance(row, dict) and row.get("mode") in ("trace", "count"):
+                count = row.get("functions")
+                attached = isinstance(count, int) and count > 0
+                image = f", of image {row['image']}" if row.get("image") else ""
+                said = f" ({count}{image})" if attached else str(row.get("reason") or "")
+                found.append((str(row.get("binary")), attached, said))
     return found
 
 
