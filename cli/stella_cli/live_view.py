@@ -35,13 +35,13 @@ _COLOURS: Final = {"ok": "green", "degraded": "yellow", "starting": "yellow", "s
 
 
 def run(settings: Settings, *, once: bool, interval_seconds: float) -> None:
-    """Show the node until `q`; with `once` print a single frame, plain in a pipe.
+    """Show the node until `q`; with `once`, and where stdout is no terminal, print a single frame.
 
     Raises what `gateway.get` raises when the first look fails and there is nothing to show yet.
     """
     body = gateway.get(settings, "/status").json()
-    if once:
-        terminal = sys.stdout.isatty()
+    terminal = sys.stdout.isatty()
+    if once or not terminal:
         out = Console(highlight=False, width=None if terminal else _PLAIN_COLUMNS)
         out.print(frame(body, "", out.width))
         return

@@ -198,7 +198,7 @@ def support_bundle(output: str | None, no_verify: bool, force: bool) -> None:
 
 @signals.command(short_help="Show what the node does, live.")
 @everywhere
-@click.option("--once", is_flag=True, help="Print one frame and end.")
+@click.option("--once", is_flag=True, help="Print one frame and end, as in a pipe.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.2, 60),
