@@ -279,6 +279,50 @@ def test_events_whose_image_is_unknown_may_be_its_own(tmp_path: Path) -> None:
     assert 1 == asked(made, "unknown:77")["seen"]["events"]
 
 
+def test_first_events_of_a_container_are_the_images_though_it_was_not_known_yet(tmp_path: Path) -> None:
+    """A container has one image: a line that names it speaks for those before; another image's are no doubt."""
+    told = Told()
+    early = {"container_id": CONTAINER, "image_reason": "pending"}
+    theirs = {"container_id": THEIRS["container_id"], "image_reason": "pending"}
+    never = {"container_id": "docker://" + "ef" * 32, "image_reason": "pending"}
+    first = told.say(
+        (SYSCALL, opened("/etc/early"), early),
+        (SYSCALL, opened("/etc/theirs-early"), theirs),
+        (SYSCALL, opened("/etc/whose"), never),
+        coverage=coverage(),
+    )
+    second = told.say((SYSCALL, opened("/etc/late"), MINE), (SYSCALL, opened("/etc/theirs"), THEIRS))
+    made = site(tmp_path, first, second, told.say(final=True))
+    answer = asked(made, IMAGE)
+    assert {"/etc/early", "/etc/late"} == {r["thing"]["path"] for r in kind(answer, "files")["rows"]}
+    assert (2, 1) == (answer["seen"]["events"], answer["seen"]["by_container"])
+    assert (
+        "/etc/early"
+        == json.loads(json.loads(made.good("prove", answer["seen"]["first"]["proof"]))["line"])["event"]["path"]
+    )
+    assert {"pending": 1} == answer["unnamed"]
+    assert ["docker://" + "ef" * 32] == answer["unnamed_containers"]
+    said = made.good("inspect", IMAGE)
+    assert "1 event of these by their container: the image was not known yet" in said
+    assert "could not be named (1 pending); of docker://efefefefefef" in said
+
+
+def test_where_no_process_used_tls_its_silence_is_limited_not_void(tmp_path: Path) -> None:
+    """The collector looked for such processes all the time: what is open is the moment before it finds one."""
+    told = Told()
+    document = json.loads(coverage("openssl_read", "openssl_write"))
+    for row in document["probes"]:
+        if not row["attached"]:
+            row["reason"] = "no target process uses a TLS library yet"
+    made = site(
+        tmp_path,
+        told.say((SYSCALL, opened("/etc/a"), THEIRS), coverage=canonical.dumps(document).decode()),
+        told.say(final=True),
+    )
+    answer = asked(made, IMAGE)
+    assert ("limited", {"by_process"}) == (kind(answer, "tls")["complete"]["verdict"], doubts(answer, "tls"))
+
+
 def test_a_restart_and_an_unclean_end_are_doubts(tmp_path: Path) -> None:
     """Between two runs nobody watched; a run that ended badly lost what nobody knows."""
     told, again = Told(), Told(run="fedcba9876543210", since_ns=1_100_000_000_000)

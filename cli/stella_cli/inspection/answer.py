@@ -12,8 +12,18 @@ import msgspec
 from stella_cli.inspection.scan import Scan
 from stella_cli.inspection.sightings import COLUMNS, CONTAINER_COLUMNS, Place, Sightings, Thing
 from stella_cli.inspection.subject import Subject
-from stella_cli.inspection.watch import SENSES, Belief, Chunk, Clock, Scope, believe, filtered_by_choice, scope_of
-from stella_shared.errors import BadAnswer, NotFound, NotPermitted, UsageError
+from stella_cli.inspection.watch import (
+    SENSES,
+    Belief,
+    Chunk,
+    Clock,
+    Scope,
+    believe,
+    filtered_by_choice,
+    scope_of,
+    unnamed_doubts,
+)
+from stella_shared.errors import NotFound, NotPermitted, TryAgain, UsageError
 from stella_shared.evidence import archive, canonical, names
 from stella_shared.evidence.directory import read
 from stella_shared.evidence.records import Ledger
@@ -22,6 +32,7 @@ from stella_shared.evidence.verify import verify_chain
 from stella_shared.evidence.vouching import Trust
 
 FORMAT: Final = 1
+_UNNAMED_SHOWN: Final = 100
 
 Progress = Callable[[int, int], None]
 
@@ -74,7 +85,10 @@ class KindAnswer(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """The subject as a whole.  `chunks` hold its events, with how many."""
+    """The subject as a whole.  `chunks` hold its events, with how many.
+
+    `by_container` of its events do not name the image themselves: other lines of the same container do.
+    """
 
     events: int
     first: Moment | None
@@ -82,6 +96,7 @@ class Seen(msgspec.Struct, frozen=True):
     chunks: dict[str, int]
     containers: list[Row]
     more_containers: int
+    by_container: int
     unreadable: int
 
 
@@ -116,6 +131,7 @@ class Answer(msgspec.Struct, frozen=True):
     seen: Seen
     kinds: list[KindAnswer]
     unnamed: dict[str, int]
+    unnamed_containers: list[str]
 
 
 def inspect(
@@ -131,7 +147,7 @@ def inspect(
 ) -> Answer:
     """Return what the evidence at `path` (a directory or an archive) says of the subject.
 
-    Raises as `verify_chain` does, and `BadAnswer` for what cannot be read as evidence at all.
+    Raises as `verify_chain` does, and `TryAgain` when a cleanup takes away what is being read.
     """
     with _directory(path) as (directory, strange):
         report = verify_chain(directory, trust=trust, head=head, own=own, progress=verifying)
@@ -176,20 +192,22 @@ def _scan(directory: Path, report: ChainReport, scan: Scan, progress: Progress) 
 
     def count(size: int) -> None:
         nonlocal done
-        done += size
+        done = min(done + size, total)
         progress(done, total)
 
-    for index, path in there:
-        try:
-            scan.read(index, path, count)
-        except FileNotFoundError:
-            # The open chunk was closed meanwhile, under another name.
-            closed = directory / names.chunk_file(index, names.DATA)
-            if closed == path:
-                raise BadAnswer(f"{path} went away while it was read", hint="ask again") from None
-            scan.read(index, closed, count)
-        except PermissionError as e:
-            raise NotPermitted(f"{path}: {e.strerror}", hint="run as the owner of the evidence, or as root") from None
+    try:
+        for place, (index, path) in enumerate(there):
+            try:
+                scan.read(index, path, count)
+            except FileNotFoundError:
+                # The open chunk was closed meanwhile, under another name.
+                there[place] = index, directory / names.chunk_file(index, names.DATA)
+                scan.read(*there[place], count)
+        scan.settle(there, count)
+    except FileNotFoundError as e:
+        raise TryAgain(f"{e.filename} went away while it was read", hint="ask again") from None
+    except PermissionError as e:
+        raise NotPermitted(f"{e.filename}: {e.strerror}", hint="run as the owner of the evidence, or as root") from None
 
 
 def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chunk], *, scan: Scan, top: int) -> Answer:
@@ -208,6 +226,8 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
 
     found = scan.found
     kinds = []
+    what = "container" if subject.kind == "container" else "image"
+    unnamed = unnamed_doubts(scan.unnamed, scan.unnamed_containers, what)
     for name, kind in found.kinds.items():
         listed = kind.top(top)
         rest = sum(thing.count for thing in kind.things.values()) - sum(thing.count for _, thing in listed)
@@ -220,7 +240,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
                 More(len(kind.things) - len(listed), rest, kind.unnamed_events),
                 list(SENSES[name].probes),
                 SENSES[name].limits,
-                believe(name, report, chunks, clock, unnamed=scan.unnamed, subject=subject.kind),
+                believe(name, report, chunks, clock, unnamed=unnamed),
             )
         )
     containers = found.containers.top(top)
@@ -237,10 +257,12 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
             {str(index): events for index, events in sorted(found.events_by_chunk.items())},
             [row(CONTAINER_COLUMNS, key, thing) for key, thing in containers],
             len(found.containers.things) - len(containers),
+            scan.later,
             found.unreadable,
         ),
         kinds,
-        dict(sorted(scan.unnamed.items())),
+        scan.unnamed,
+        scan.unnamed_containers[:_UNNAMED_SHOWN],
     )
 
 

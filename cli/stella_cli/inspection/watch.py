@@ -20,6 +20,8 @@ from stella_shared.wire import LANE_KIND_NAMES, LANE_KINDS, UNNUMBERED_LOSSES
 _SILENCE_NS: Final = 3_000_000_000
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _SHOWN_MAX: Final = 5
+#: A collector's reason that is none: it looked for such processes all the time, and there was none to watch.
+_NOBODY_YET: Final = "no target process uses a TLS library yet"
 
 
 class Sense(NamedTuple):
@@ -153,12 +155,10 @@ def scope_of(chunks: Sequence[Chunk]) -> Scope:
     )
 
 
-def believe(
-    kind: str, report: ChainReport, chunks: Sequence[Chunk], clock: Clock, *, unnamed: dict[str, int], subject: str
-) -> Belief:
+def believe(kind: str, report: ChainReport, chunks: Sequence[Chunk], clock: Clock, *, unnamed: list[Doubt]) -> Belief:
     """Return how far the evidence is complete about one kind of things (`SENSES`).
 
-    `unnamed` counts events whose container could not be named, by reason: any of them may be the subject's.
+    `unnamed` are those of `unnamed_doubts`.
     """
     void = [*_not_there(report, chunks), *_never_watched(kind, chunks)]
     doubts = [
@@ -167,7 +167,7 @@ def believe(
         *_unclean(chunks),
         *_pauses(chunks, clock),
         *_lines_elsewhere(report),
-        *_unnamed(unnamed, subject),
+        *unnamed,
         *_unsigned(report),
     ]
     if void:
@@ -197,8 +197,10 @@ def _probes(chunk: Chunk, kind: str) -> list[tuple[str, bool, str]]:
         for row in document.get("probes") or ():
             if isinstance(row, dict) and row.get("name") in SENSES[kind].probes:
                 attached = row.get("attached") is True
-                said = row.get("scope") if attached else row.get("reason")
-                found.append((str(row["name"]), attached, str(said or "")))
+                said = str((row.get("scope") if attached else row.get("reason")) or "")
+                if said == _NOBODY_YET:
+                    attached, said = True, "process"
+                found.append((str(row["name"]), attached, said))
     return found
 
 
@@ -331,15 +333,25 @@ def _lines_elsewhere(report: ChainReport) -> list[Doubt]:
     return [Doubt("archived", text, where)]
 
 
-def _unnamed(unnamed: dict[str, int], subject: str) -> list[Doubt]:
+def unnamed_doubts(unnamed: dict[str, int], containers: Sequence[str], what: str) -> list[Doubt]:
+    """Return the doubt about events whose image or container could not be named: any may be the subject's.
+
+    `unnamed` counts them by reason, `containers` are those that are known of them.
+    """
     if not unnamed:
         return []
     total = sum(unnamed.values())
     reasons = ", ".join(
         f"{n} {reason}" for reason, n in sorted(unnamed.items(), key=lambda item: -item[1])[:_SHOWN_MAX]
     )
-    what = "image" if subject == "image" else "container"
-    return [Doubt("unnamed", f"{total} events are of a process whose {what} could not be named ({reasons})")]
+    of = ""
+    if containers:
+        shown = [
+            name.partition("://")[0] + "://" + name.partition("://")[2][:12] if "://" in name else name
+            for name in containers[:_SHOWN_MAX]
+        ]
+        of = f"; of {', '.join(shown)}{_more(len(containers))}"
+    return [Doubt("unnamed", f"{total} events are of a process whose {what} could not be named ({reasons}){of}")]
 
 
 def _unsigned(report: ChainReport) -> list[Doubt]:
