@@ -148,7 +148,9 @@ def test_what_was_seen_is_grouped_counted_and_can_be_proved(tmp_path: Path) -> N
     made = everything(tmp_path)
     answer = asked(made, IMAGE)
     assert 8 == answer["seen"]["events"]
-    assert [4, 4] == list(answer["seen"]["chunks"].values())
+    parts = answer["seen"]["chunks"]
+    assert [(2, 4, "VALID_PENDING"), (3, 4, "VALID_PENDING")] == [(p["chunk"], p["events"], p["status"]) for p in parts]
+    assert parts[0]["start"] < parts[0]["end"] <= parts[1]["start"]
     assert [CONTAINER] == [row["thing"]["container_id"] for row in answer["seen"]["containers"]]
     files = [(r["thing"]["path"], r["thing"]["result"], r["events"]) for r in kind(answer, "files")["rows"]]
     assert [("/etc/passwd", "ok", 3), ("/etc/shadow", "EACCES", 1)] == files
@@ -175,7 +177,7 @@ def test_the_table_says_the_same_for_people(tmp_path: Path) -> None:
     assert re.search(r"Seen +8 events, .* in chunks \d+ and \d+|Seen +8 events, .* in chunks \d+ to \d+", said)
     assert re.search(r"Scope +files of every path, not under /proc/\*\*", said)
     assert re.search(r"\b3 +/etc/passwd +read +ok ", said)
-    assert "This is all of it" in said
+    assert "This is all of it, within the scope: " in said
     assert "stella signals prove" in said
 
 
@@ -202,7 +204,8 @@ def test_absence_holds_where_everything_was_watched_and_nothing_lost(tmp_path: P
     said = made.good("inspect", never)
     assert re.search(r"Seen +nothing", said)
     assert (
-        "Files: none seen\n  You can believe it: sys_enter_openat watched all the time, and nothing was lost." in said
+        "Files: none seen\n  You can believe it, within the scope: sys_enter_openat watched all the time, and nothing was lost."
+        in said
     )
 
 

@@ -84,8 +84,18 @@ class KindAnswer(msgspec.Struct, frozen=True):
     complete: Belief
 
 
+class ChunkSeen(msgspec.Struct, frozen=True):
+    """A chunk that holds events of the subject, and when it was open; no times and status for the open one."""
+
+    chunk: int
+    events: int
+    start: str = ""
+    end: str = ""
+    status: str = ""
+
+
 class Seen(msgspec.Struct, frozen=True):
-    """The subject as a whole.  `chunks` hold its events, with how many.
+    """The subject as a whole.  `chunks` are those that hold its events.
 
     `by_container` of its events do not name the image themselves: other lines of the same container do.
     """
@@ -93,7 +103,7 @@ class Seen(msgspec.Struct, frozen=True):
     events: int
     first: Moment | None
     last: Moment | None
-    chunks: dict[str, int]
+    chunks: list[ChunkSeen]
     containers: list[Row]
     more_containers: int
     by_container: int
@@ -244,6 +254,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
             )
         )
     containers = found.containers.top(top)
+    windows = {chunk.index: chunk for chunk in chunks}
     return Answer(
         FORMAT,
         subject.kind,
@@ -254,7 +265,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
             found.all.count if found.all else 0,
             moment(found.all.first) if found.all else None,
             moment(found.all.last) if found.all else None,
-            {str(index): events for index, events in sorted(found.events_by_chunk.items())},
+            [_chunk_seen(index, events, windows.get(index)) for index, events in sorted(found.events_by_chunk.items())],
             [row(CONTAINER_COLUMNS, key, thing) for key, thing in containers],
             len(found.containers.things) - len(containers),
             scan.later,
@@ -264,6 +275,12 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
         scan.unnamed,
         scan.unnamed_containers[:_UNNAMED_SHOWN],
     )
+
+
+def _chunk_seen(index: int, events: int, chunk: Chunk | None) -> ChunkSeen:
+    if chunk is None:
+        return ChunkSeen(index, events)
+    return ChunkSeen(index, events, chunk.ledger.window.start, chunk.ledger.window.end, chunk.status)
 
 
 def _source(path: Path, report: ChainReport, chunks: list[Chunk]) -> Source:

@@ -32,7 +32,7 @@ def show(answer: Answer) -> None:
 def _facts(answer: Answer) -> Iterator[tuple[str, str]]:
     seen, source = answer.seen, answer.evidence
     if seen.first and seen.last:
-        where = spans(int(index) for index in seen.chunks)
+        where = spans(part.chunk for part in seen.chunks)
         yield "Seen", f"{_events(seen.events)}, {_when(seen.first)} to {_when(seen.last)}, in {where}"
         for row in seen.containers:
             thing = row.thing
@@ -105,6 +105,7 @@ def _kind(kind: KindAnswer, answer: Answer) -> None:
     match kind.complete.verdict:
         case "holds":
             words = "This is all of it" if told else "You can believe it"
+            words += ", within the scope"
             click.secho(f"  {words}: ", fg="green", nl=False)
             click.echo(_watching(kind))
         case "limited":
