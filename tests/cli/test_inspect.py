@@ -203,10 +203,8 @@ def test_absence_holds_where_everything_was_watched_and_nothing_lost(tmp_path: P
     assert "void" == kind(answer, "functions")["complete"]["verdict"]
     said = made.good("inspect", never)
     assert re.search(r"Seen +nothing", said)
-    assert (
-        "Files: none seen\n  You can believe it, within the scope: sys_enter_openat watched all the time, and nothing was lost."
-        in said
-    )
+    words = "You can believe it, within the scope: sys_enter_openat watched all the time, and nothing was lost."
+    assert f"Files: none seen\n  {words}" in said
 
 
 def test_losses_are_named_where_they_touch_and_nowhere_else(tmp_path: Path) -> None:

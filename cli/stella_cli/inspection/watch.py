@@ -47,7 +47,7 @@ SENSES: Final[dict[str, Sense]] = {
     "tls": Sense(
         ("openssl_read", "openssl_write"),
         ("uprobe",),
-        "shared OpenSSL libraries; not TLS that is linked into a program, as Go's and Java's is",
+        "calls of OpenSSL where the collector found it; not Go's, rustls, GnuTLS or NSS, nor a library before it was found",
     ),
 }
 
