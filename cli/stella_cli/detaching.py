@@ -28,6 +28,7 @@ from stella_shared.errors import BadAnswer, BrokenPromise, NotFound, NotPermitte
 
 _LOOK_SECONDS: Final = 0.2
 _KILL_SECONDS: Final = 5.0
+_FREED_SECONDS: Final = 10.0
 _MODULE: Final = "stella_collector"
 
 
@@ -88,7 +89,7 @@ def run(settings: Settings, *, everything: bool, pins: bool, dry_run: bool, wait
         return
     detached = _detach(settings, wanted, everything=everything)
     ended = _end(holders, wait_seconds) if holders else {}
-    after = _look(settings, "list")
+    after = _look_when_settled(settings, {p.id for p in wanted})
     left = {p.id: p for p in after.programs}
     report = [_Done(p, _outcome(p, left.get(p.id), detached, ended)) for p in wanted]
     _show(
@@ -109,6 +110,16 @@ def _look(settings: Settings, how: str) -> _Found:
         return msgspec.convert(collector_report.ask(settings.path, "--loaded", how), _Found)
     except msgspec.ValidationError as e:
         raise BrokenPromise(f"the collector's report of programs: {e}") from None
+
+
+def _look_when_settled(settings: Settings, wanted: set[int]) -> _Found:
+    """Look until what nobody holds is gone: the kernel frees programs a moment after their last descriptor."""
+    deadline = time.monotonic() + _FREED_SECONDS
+    while True:
+        found = _look(settings, "list")
+        if time.monotonic() > deadline or not any(p.id in wanted and not p.holders for p in found.programs):
+            return found
+        time.sleep(_LOOK_SECONDS)
 
 
 def _detach(settings: Settings, wanted: list[_Program], *, everything: bool) -> set[int]:

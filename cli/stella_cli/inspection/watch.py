@@ -47,7 +47,8 @@ SENSES: Final[dict[str, Sense]] = {
     "tls": Sense(
         ("openssl_read", "openssl_write"),
         ("uprobe",),
-        "calls of OpenSSL where the collector found it; not Go's, rustls, GnuTLS or NSS, nor a library before it was found",
+        "calls of OpenSSL where the collector found it; not Go's, rustls, GnuTLS or NSS, "
+        "nor a library before it was found",
     ),
 }
 
