@@ -63,8 +63,9 @@ def _watching(signals: Signals) -> Iterator[tuple[str, str]]:
     if signals.ring_buffer_size < _SMALL_RING:
         size = signals.ring_buffer_size
         yield "signals.ring_buffer_size", f"{size} bytes hold some {size // 150} events: a burst is lost"
-    if signals.max_events_per_second:
-        yield "signals.max_events_per_second", "what is above the limit is lost, and counted as rate_limit"
+    for name in ("max_events_per_second", "max_events_per_second_per_container"):
+        if getattr(signals, name):
+            yield f"signals.{name}", "what is above the limit is lost, and counted as rate_limit"
     if not signals.redaction.enabled:
         yield "signals.redaction.enabled", "secrets in arguments go into the evidence as they are, for ever"
     if not signals.signing.enabled:

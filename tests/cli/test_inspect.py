@@ -308,6 +308,25 @@ def test_first_events_of_a_container_are_the_images_though_it_was_not_known_yet(
     assert "could not be named (1 pending); of docker://efefefefefef" in said
 
 
+def test_what_a_limit_of_its_own_cost_is_told(tmp_path: Path) -> None:
+    """A throttle line of its container says how many events of it were dropped."""
+    told = Told()
+    throttle = {"type": "throttle", "scope": "cgroup", "limit_per_second": 10, "since_ns": 1}
+    made = site(
+        tmp_path,
+        told.say(
+            (SYSCALL, {**throttle, "state": "start"}, MINE),
+            (SYSCALL, {**throttle, "state": "stop", "dropped": 41, "until_ns": 9}, MINE),
+            coverage=coverage(),
+            lost=41,
+        ),
+        told.say(final=True),
+    )
+    answer = asked(made, IMAGE)
+    assert (2, 41, 0) == (answer["seen"]["events"], answer["seen"]["throttled"], answer["seen"]["unreadable"])
+    assert "41 events more of it were dropped by the limit of each container" in made.good("inspect", IMAGE)
+
+
 def test_where_no_process_used_tls_its_silence_is_limited_not_void(tmp_path: Path) -> None:
     """The collector looked for such processes all the time: what is open is the moment before it finds one."""
     told = Told()

@@ -97,7 +97,8 @@ class ChunkSeen(msgspec.Struct, frozen=True):
 class Seen(msgspec.Struct, frozen=True):
     """The subject as a whole.  `chunks` are those that hold its events.
 
-    `by_container` of its events do not name the image themselves: other lines of the same container do.
+    `by_container` of its events do not name the image themselves: other lines of the same container do.  `throttled`
+    events of it were dropped by the limit of each container; they are among the losses.
     """
 
     events: int
@@ -107,6 +108,7 @@ class Seen(msgspec.Struct, frozen=True):
     containers: list[Row]
     more_containers: int
     by_container: int
+    throttled: int
     unreadable: int
 
 
@@ -269,6 +271,7 @@ def _answer(path: Path, subject: Subject, report: ChainReport, chunks: list[Chun
             [row(CONTAINER_COLUMNS, key, thing) for key, thing in containers],
             len(found.containers.things) - len(containers),
             scan.later,
+            found.throttled,
             found.unreadable,
         ),
         kinds,

@@ -40,6 +40,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str]]:
             image = thing.get("image_digest", "")
             of = f", image {image}" if image and answer.kind != "image" else ""
             yield "", f"{' '.join(names) or 'no container'}{of}: {_events(row.events)}, {_span(row)}"
+        if seen.throttled:
+            yield "", f"{_events(seen.throttled)} more of it were dropped by the limit of each container (rate_limit)"
         if seen.by_container:
             yield "", f"{_events(seen.by_container)} of these by their container: the image was not known yet"
         if seen.more_containers:

@@ -108,7 +108,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 
 
 class Sightings:
-    """Everything that was seen of the subject."""
+    """Everything that was seen of the subject.  `throttled` counts events that its own limit kept out."""
 
     def __init__(self, max_things: int = MAX_THINGS) -> None:
         self.kinds = {name: Kind(max_things) for name in _KINDS}
@@ -116,6 +116,7 @@ class Sightings:
         self.all: Thing | None = None
         self.events_by_chunk: dict[int, int] = {}
         self.unreadable = 0
+        self.throttled = 0
 
     def add(self, line: Line, place: Place) -> None:
         """Take one line of the subject."""
@@ -125,6 +126,11 @@ class Sightings:
         self.events_by_chunk[place.chunk] = self.events_by_chunk.get(place.chunk, 0) + 1
         names = (line.container_id, line.pod, line.image_name, line.image_digest)
         self.containers.add(tuple(_text(name) for name in names), place)
+        if line.event.get("type") == "throttle":
+            # What a limit of its own cost it; the stop of it says how much.
+            dropped = line.event.get("dropped")
+            self.throttled += dropped if isinstance(dropped, int) else 0
+            return
         read = _READERS.get(str(line.event.get("type")))
         if read is None:
             self.unreadable += 1  # a type of a later release: it is in the sum above
