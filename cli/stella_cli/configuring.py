@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def show(given: str | None, target: str | None, *, effective: bool, as_json: boo
     """Print the values in force and where each comes from; with `effective` the defaults too."""
     path = settings.config_path(given)
     overrides = {"output_directory": str(Path(target).absolute())} if target else {}
-    found = [o for o in config.origins(path, os.environ, overrides) if effective or o.source != "default"]
+    found = [
+        Origin(o.key, _without_passwords(o.value), o.source)
+        for o in config.origins(path, os.environ, overrides)
+        if effective or o.source != "default"
+    ]
     if as_json:
         content = [{"key": o.key, "value": o.value, "source": o.source} for o in found]
         body = {"file": str(path) if path else None, "values": content}
@@ -77,6 +82,13 @@ def _yaml(found: list[Origin]) -> list[str]:
         rows.append((f"{'  ' * len(sections)}{name}: {_scalar(origin.value)}", origin.source))
     width = min(max((len(text) for text, _ in rows), default=0), 56)
     return [f"{text:<{width}}  # {source}" if source else text for text, source in rows]
+
+
+def _without_passwords(value: Any) -> Any:
+    """Return a value without what stands before the host of a URL."""
+    if isinstance(value, list):
+        return [_without_passwords(item) for item in value]
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", value) if isinstance(value, str) else value
 
 
 def _scalar(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Final, get_args, get_origin
 import msgspec
 
 from stella_cli import help_pages
+from stella_cli.inspection.answer import Answer
 from stella_shared import config, config_layers, events, metrics, subjects
 from stella_shared.config import Signals
 from stella_shared.evidence.report import FAULT_CODES, STATUSES, ChainReport
@@ -47,6 +48,7 @@ def pages() -> dict[str, str]:
         "events.md": _events(),
         "evidence-line.schema.json": _json(events.json_schema()),
         "chain-report.schema.json": _json(report_schema()),
+        "inspection.schema.json": _json(inspection_schema()),
         "cli.md": help_pages.render(),
     }
 
@@ -66,6 +68,15 @@ def configuration_schema() -> dict[str, Any]:
         content["default"] = field.default
         content.update({f"x-{word}": text for word, text in (field.meta.extra or {}).items()})
     return schema
+
+
+def inspection_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of what `inspect --format json` prints."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Stella Signals inspection",
+        **msgspec.json.schema(Answer),
+    }
 
 
 def report_schema() -> dict[str, Any]:

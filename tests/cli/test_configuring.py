@@ -120,3 +120,13 @@ def test_what_is_shown_is_a_configuration_again(tmp_path: Path, capsys: pytest.C
     assert config.load(path, {}) == config.load(again, {})
     assert 0 == commands.run(["config", "show", "--config", str(path)])
     assert yaml.safe_load(path.read_text()) == yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_password_in_a_url_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands before the host is left out, in YAML and JSON."""
+    path = written(tmp_path, "signals:\n  symbols: {debuginfod_urls: ['https://me:sesame@debug.example/']}\n")
+    for form in ("yaml", "json"):
+        assert 0 == commands.run(["config", "show", "--config", str(path), "--format", form])
+        said = capsys.readouterr().out
+        assert "https://***@debug.example/" in said
+        assert "sesame" not in said

@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from chain_kit import Site
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 
 from chain_maker import BOOT, RUN, Source, one  # noqa: E402
 
+SCHEMA = json.loads((ROOT / "docs" / "reference" / "inspection.schema.json").read_text())
 IMAGE = "sha256:" + "1f" * 32
 OTHER = "sha256:" + "1e" * 32
 CONTAINER = "docker://" + "ab" * 32
@@ -100,7 +102,9 @@ def asked(made: Site, *words: str, code: int = 0) -> dict[str, Any]:
     """Return the JSON answer."""
     done = made.stella("inspect", *words, "--format", "json")
     assert code == done.returncode, done.stdout + done.stderr
-    return dict(json.loads(done.stdout))
+    answer = dict(json.loads(done.stdout))
+    jsonschema.validate(answer, SCHEMA)
+    return answer
 
 
 def kind(answer: dict[str, Any], name: str) -> dict[str, Any]:
