@@ -121,7 +121,7 @@ def everything(folder: Path) -> Site:
     first = told.say(
         (SYSCALL, opened("/etc/passwd"), MINE),
         (SYSCALL, opened("/etc/passwd"), MINE),
-        (SYSCALL, opened("/etc/shadow", -13), MINE),
+        (SYSCALL, {**opened("/etc/shadow", -13), "stack": [{"symbol": "peek", "build_id": "aa", "offset": 1}]}, MINE),
         (SYSCALL, opened("/etc/theirs"), THEIRS),
         (EXEC, {"type": "process_exec", "filename": "/bin/sh", "argv": ["sh"], "ppid": 1, "start_ns": 1}, MINE),
         coverage=coverage(),
@@ -163,7 +163,8 @@ def test_what_was_seen_is_grouped_counted_and_can_be_proved(tmp_path: Path) -> N
     assert [(7, dash | {"seen_as": "acted"}), (1, dash | {"asked_for": "/bin/sh", "seen_as": "started"})] == programs
     connection = kind(answer, "connections")["rows"][0]["thing"]
     assert ("10.1.2.3", "443", "in progress") == (connection["address"], connection["port"], connection["result"])
-    assert "dial" == kind(answer, "functions")["rows"][0]["thing"]["function"]
+    functions = [(r["thing"]["function"], r["thing"]["seen_as"]) for r in kind(answer, "functions")["rows"]]
+    assert [("dial", "in a stack"), ("peek", "in a stack")] == functions
     tls = kind(answer, "tls")["rows"][0]
     assert (2, 100) == (tls["events"], tls["bytes"])
     row = kind(answer, "files")["rows"][0]

@@ -136,7 +136,7 @@ class Sightings:
             self.unreadable += 1  # a type of a later release: it is in the sum above
             return
         counted: set[str] = set()
-        for kind, key, size in (*_program(line), *read(line.event)):
+        for kind, key, size in (*_program(line), *read(line.event), *_stack(line.event)):
             if kind not in counted:
                 self.kinds[kind].events += 1
                 counted.add(kind)
@@ -192,9 +192,6 @@ def _net_connect(event: dict[str, Any]) -> Iterator[_Row]:
     # A caller's own port is another one each time: whoever accepts is told by the port that was called.
     port = event.get("local_port") if direction == "accept" else event.get("port")
     yield "connections", (direction, _text(event.get("family")), shown, _text(port), outcome(event.get("result"))), 0
-    for frame in event.get("stack") or ():
-        if isinstance(frame, dict):
-            yield "functions", (*_function(frame), "in a stack"), 0
 
 
 def _tcp_state(event: dict[str, Any]) -> Iterator[_Row]:
@@ -223,6 +220,10 @@ def _ssl_op(event: dict[str, Any]) -> Iterator[_Row]:
 def _function_call(event: dict[str, Any]) -> Iterator[_Row]:
     count = event.get("count")
     yield "functions", (*_function(event), "called"), count if isinstance(count, int) and count > 0 else 1
+
+
+def _stack(event: dict[str, Any]) -> Iterator[_Row]:
+    """Yield the functions on the caller's stack, where the event carries one."""
     for frame in event.get("stack") or ():
         if isinstance(frame, dict):
             yield "functions", (*_function(frame), "in a stack"), 0
