@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from stella_collector import targets
 from stella_collector.binaries.attaching import Prober
+from stella_collector.binaries.file_probes import FileProbes
 from stella_collector.binaries.reader import Reader
 from stella_collector.binaries.watch import Binaries
 from stella_collector.kernel import Kernel
@@ -106,7 +107,7 @@ def watching(cgroup: Cgroup, functions: list[dict[str, Any]]) -> Iterator[tuple[
         before, own = kernel_kb(), rss_kb()
         time.sleep(0.5)  # the child that reads files has started
         began = time.perf_counter()
-        with timed(Reader, "ask", took), timed(Prober, "attach", took), timed(Binaries, "_make_digest", took):
+        with timed(Reader, "ask", took), timed(Prober, "attach", took), timed(FileProbes, "_make_digest", took):
             kernel.attach()
         took["all"] = (time.perf_counter() - began) * 1000
         took["kernel_mb"], took["own_mb"] = (kernel_kb() - before) / 1024, (rss_kb() - own) / 1024

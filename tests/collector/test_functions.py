@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stella_collector import kernel
-from stella_collector.binaries import watch as binaries
+from stella_collector.binaries import file_probes
 from stella_collector.libbpf import Program
 from stella_shared.events import FILE_OPEN, FunctionCall
 from tests.collector.conftest import Watch
@@ -210,7 +210,7 @@ def test_too_many_functions_are_refused_by_number(
 ) -> None:
     """An entry that matches more than are left is not attached in part: it says how many, and the others go on."""
     monkeypatch.setattr(kernel, "FUNCTIONS_MAX", 100)
-    monkeypatch.setattr(binaries, "FUNCTIONS_MAX", 100)
+    monkeypatch.setattr(file_probes, "FUNCTIONS_MAX", 100)
     names = "\n".join(f"int many_{i}(void) {{ return {i}; }}" for i in range(101))
     library = compiled(tmp_path, "many.so", names, "-shared", "-fPIC", "-O0")
     program = compiled(tmp_path, "caller", CALLER, "-pthread")

@@ -158,3 +158,12 @@ def _children(folder: Path, pattern: str) -> list[Path]:
         return list(folder.glob(pattern.replace("[", "[[]")))
     except OSError:
         return []
+
+
+def started(pid: int) -> str:
+    """Return when a process was started, in its own words; "" when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

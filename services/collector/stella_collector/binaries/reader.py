@@ -31,7 +31,7 @@ class Reader:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self.read = 0
+        self._abandoned = False
 
     def start(self) -> None:
         """Start the child ahead of the first question.
@@ -39,6 +39,7 @@ class Reader:
         Best from the main thread: the kernel ends the child with the thread that has started it.
         """
         with self._lock:
+            self._abandoned = False
             self._started()
 
     def ask(self, file: int, question: Question) -> Answer:
@@ -47,14 +48,21 @@ class Reader:
         if size > FILE_BYTES_MAX:
             return Answer(reason="it is too large to be read")
         with self._lock:
-            self.read += 1
             for _ in range(2):  # a child that was ended by somebody is no word about the file
                 try:
                     return self._asked(file, question, size)
                 except (OSError, EOFError) as e:
+                    if self._abandoned:
+                        break
                     log.warning("the reader of files has ended (%s); starting another one", e)
                     self._stop()
         return Answer(reason="the process that reads files cannot be kept alive")
+
+    def abandon(self) -> None:
+        """Ask nothing more; a question under way is over at once.  For another thread."""
+        self._abandoned = True
+        if (process := self._process) is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the child."""
