@@ -43,6 +43,19 @@ def row(event: dict[str, object], **record: object) -> str:
             "read 5 bytes, /l/libssl.so.3",
         ),
         (
+            {"type": "function_call", "symbol": "EVP_DigestInit", "binary": "/l/libcrypto.so.3", "count": 7},
+            "EVP_DigestInit ×7 in /l/libcrypto.so.3",
+        ),
+        (
+            {
+                "type": "function_call",
+                "symbol": "first",
+                "binary": "/bin/x",
+                "stack": [{"symbol": "first"}, {"symbol": "main"}, {"build_id": "ab" * 20, "offset": 16}],
+            },
+            "first in /bin/x ← main ← abababab+0x10",
+        ),
+        (
             {
                 "type": "tcp_state",
                 "source_address": "10.0.0.1",

@@ -72,6 +72,11 @@ def test_an_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
             "ELF, DWARF and mangled names are read in the child process",
         ),
         (
+            "services/collector/stella_collector/kernel.py",
+            "from stella_collector.binaries import elf",
+            "Nothing but the child process loads the readers of files",
+        ),
+        (
             "services/enricher/stella_enricher/frames.py",
             "from stella_enricher.symbols import names",
             "Nothing but the child process loads the readers of files",

@@ -76,7 +76,7 @@ class Demangler:
         found = answer.decode("utf-8", "replace")
         if len(self._known) >= _NAMES_MAX:
             self._known.clear()
-        self._known[name] = found if found and found != name else None
+        self._known[name] = None if not found or found.startswith(("_Z", "_R")) else found
         return self._known[name]
 
     def _read(self, size: int, seconds: float) -> bytes:
