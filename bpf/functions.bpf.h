@@ -362,7 +362,7 @@ struct {
 /* Rare, so these do wake their reader. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 262144);
 } stella_notices SEC(".maps");
 
 struct {
@@ -385,18 +385,24 @@ static __always_inline void notice(struct file *file, __u32 kind)
 	__u8 *seen = bpf_map_lookup_elem(&stella_seen, &id);
 	if (seen && *seen == STELLA_SEEN_ONCE)
 		return;
-	struct stella_notice n = {};
-	n.ts_ns = bpf_ktime_get_boot_ns();
-	n.file = id;
-	n.tgid = bpf_get_current_pid_tgid() >> 32;
-	n.kind = kind;
-	if (bpf_ringbuf_output(&stella_notices, &n, sizeof(n), 0)) {
+	struct stella_notice *n = bpf_ringbuf_reserve(&stella_notices, sizeof(*n), 0);
+	if (!n) {
 		__u32 zero = 0;
 		__u64 *lost = bpf_map_lookup_elem(&stella_unnoticed, &zero);
 		if (lost)
 			__sync_fetch_and_add(lost, 1);
 		return; /* not seen: it is told again */
 	}
+	n->ts_ns = bpf_ktime_get_boot_ns();
+	n->file = id;
+	n->tgid = bpf_get_current_pid_tgid() >> 32;
+	n->kind = kind;
+	/* The process may be gone before anybody looks at what it has mapped. */
+	__u32 begin = stella_walk((__u64)file + bpf_core_field_offset(struct file, f_path), (void *)n->path);
+	n->path_at = begin & (2 * STELLA_WALK_MAX - 1);
+	n->flags = begin >> 16;
+	__builtin_memset(n->reserved, 0, sizeof(n->reserved));
+	bpf_ringbuf_submit(n, 0);
 	if (!seen) {
 		__u8 once = STELLA_SEEN_ONCE;
 		bpf_map_update_elem(&stella_seen, &id, &once, BPF_NOEXIST);

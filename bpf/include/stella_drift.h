@@ -40,8 +40,10 @@ struct inode___plain {
 static __always_inline __u64 changed_ns_of(struct inode *inode)
 {
 	struct inode___split *split = (void *)inode;
+	/* Since 6.13 the top bit of the nanoseconds says that somebody has asked for them (multigrain timestamps). */
 	if (bpf_core_field_exists(split->i_ctime_sec))
-		return BPF_CORE_READ(split, i_ctime_sec) * 1000000000ULL + BPF_CORE_READ(split, i_ctime_nsec);
+		return BPF_CORE_READ(split, i_ctime_sec) * 1000000000ULL +
+		       (BPF_CORE_READ(split, i_ctime_nsec) & ~(1U << 31));
 	struct inode___private *private = (void *)inode;
 	if (bpf_core_field_exists(private->__i_ctime))
 		return BPF_CORE_READ(private, __i_ctime.tv_sec) * 1000000000ULL +

@@ -262,6 +262,10 @@ struct stella_notice { /* a process has begun to run this file */
 	struct stella_file_id file;
 	__u32 tgid;
 	__u32 kind;
+	__u16 path_at; /* the path stands at path[path_at .. STELLA_WALK_MAX) */
+	__u8 flags;    /* enum stella_walk_flag */
+	__u8 reserved[5];
+	char path[STELLA_WALK_ROOM];
 };
 
 struct stella_mapped_question {

@@ -28,11 +28,12 @@ from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
 from stella_shared import events
 from tests.collector.conftest import signals_of
-from tests.collector.functions_kit import compiled, entry
+from tests.collector.functions_kit import compiled, entry, heeding
 from tests.system.node import Cgroup
 
 DEFAULT = ("/usr/lib/x86_64-linux-gnu/libLLVM-14.so.1", ("_ZN4llvm1*", "_ZN4llvm3*", "LLVM*"), "LLVMGetGlobalContext")
 CALLS = 100_000
+NEW = 20
 
 CALLER = r"""
 #include <dlfcn.h>
@@ -184,6 +185,39 @@ def cost(program: Path, words: list[str], cgroup: Cgroup | None, kernel: Kernel 
     return Cost(ns / int(words[2]), open_ms, own_mb, recorded)
 
 
+class Holder:
+    """A kernel side, as `heeding` wants it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+
+def delays(cgroup: Cgroup, folder: Path) -> dict[str, list[float]]:
+    """Return the ms from the kernel's notice to attached, for programs and libraries that are all new."""
+    found: dict[str, list[float]] = {}
+    for kind in ("exec", "dlopen"):
+        with watching(cgroup, [entry(f"{folder}/new-{kind}-*", "called", mode="count")]) as (kernel, _):
+            with heeding(Holder(kernel)):
+                for index in range(NEW):
+                    source = f"int called(void) {{ return {index}; }}"
+                    if kind == "exec":
+                        source += "\n#include <unistd.h>\nint main(void) { called(); usleep(300000); return 0; }"
+                    new = compiled(folder, f"new-{kind}-{index}", source, *(["-shared"] if kind == "dlopen" else []))
+                    words = [new] if kind == "exec" else [folder / "caller", new, "called", "1"]
+                    process = cgroup.run(*words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+                    time.sleep(0.25)
+                    process.communicate(b"x", timeout=10)
+            found[kind] = sorted(us / 1000 for us in kernel.binaries.delays_us)
+    return found
+
+
+def map_mb(kernel: Kernel, name: str) -> float:
+    """Return what a map takes, as the kernel charges it."""
+    rows = Path(f"/proc/self/fdinfo/{kernel._object.map_fd(name)}").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith("memlock")]
+    return int(row.split()[1]) / (1 << 20)
+
+
 def main() -> None:
     """Measure, and print the tables."""
     words = sys.argv[1:]
@@ -205,6 +239,10 @@ def main() -> None:
             ):
                 with watching(cgroup, [entry(library, *globs, **more)]) as (kernel, took):
                     paid = median([cost(program, arguments, cgroup, kernel) for _ in range(3)])
+                    maps = ", ".join(
+                        f"{map_name} {map_mb(kernel, map_name):.1f} MB"
+                        for map_name in ("stella_functions", "stella_counts", "stella_counted", "stella_seen")
+                    )
                     other = median([cost(program, arguments, None, None) for _ in range(3)])
                 print(
                     f"| {label} | {took['functions']:,.0f} | "
@@ -213,6 +251,12 @@ def main() -> None:
                     f"{paid.recorded:,} of {3 * CALLS:,} |"
                 )
             print("| count, by no target | – | – | – | – | – |", shown(other), "| – |")
+            print(f"\nmaps: {maps}")
+            for kind, ms in delays(cgroup, Path(name)).items():
+                print(
+                    f"{kind} to attached, {len(ms)} of {NEW} new files: "
+                    f"{ms[0]:.0f} / {statistics.median(ms):.0f} / {ms[-1]:.0f} ms (least, median, most)"
+                )
     finally:
         cgroup.remove()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from stella_collector.kernel import Kernel
 from stella_shared.events import FunctionCall
-from tests.collector.conftest import Watch
 
 #: For each line of its input: each of argv[2] threads calls `first` argv[1] times, then one calls `second` once.
 CALLER = r"""
@@ -91,14 +93,31 @@ def calls(events: list[FunctionCall]) -> Counter[str]:
     return found
 
 
+def wait_for(is_so: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Holder(Protocol):
+    """What has a kernel side."""
+
+    kernel: Kernel
+
+
 @contextmanager
-def heeding(watch: Watch) -> Iterator[None]:
+def heeding(watch: Holder) -> Iterator[None]:
     """Look at notices as they come, as the collector does."""
     stop = threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.002):
-            watch.kernel.binaries.look_at_notices()
+        notices = watch.kernel.binaries.notices
+        assert notices is not None
+        while not stop.is_set():
+            if select.select([notices.fd], [], [], 0.05)[0]:
+                watch.kernel.binaries.look_at_notices()
 
     thread = threading.Thread(target=look)
     thread.start()

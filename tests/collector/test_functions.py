@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from stella_collector.binaries import file_probes
 from stella_collector.libbpf import Program
 from stella_shared.events import FILE_OPEN, FunctionCall
 from tests.collector.conftest import Watch
-from tests.collector.functions_kit import CALLER, build_id_of, calls, compiled, entry, heeding, offset_of
+from tests.collector.functions_kit import CALLER, build_id_of, calls, compiled, entry, heeding, offset_of, wait_for
 
 pytestmark = pytest.mark.kernel
 Start = Callable[..., Watch]
@@ -117,14 +116,16 @@ def test_an_opened_library_is_found_at_once(watch: Start, tmp_path: Path) -> Non
     library = compiled(tmp_path, "libplug.so", "int plugged(int n) { return n + 1; }", "-shared", "-fPIC")
     source = f"""
 #include <dlfcn.h>
-#include <unistd.h>
+#include <stdio.h>
 int main(void) {{ int (*f)(int) = (int (*)(int))dlsym(dlopen("{library}", RTLD_NOW), "plugged");
-usleep(400000); for (int i = 0; i < 7; i++) f(i); return 0; }}
+getchar(); for (int i = 0; i < 7; i++) f(i); return 0; }}
 """
     program = compiled(tmp_path, "opener", source)
     w = watch(probes__functions=[entry(f"{tmp_path}/**/libplug.so", "plugged")])
     with heeding(w):
-        run(w, program)
+        process = w.cgroup.run(program, stdin=subprocess.PIPE)
+        wait_for(lambda: any(state.functions for state in w.kernel.binaries.states()))
+        process.communicate(b"go\n", timeout=10)
     assert {"plugged": 7} == calls(w.finish().events(FunctionCall))
     assert w.kernel.binaries.delays_us
 
@@ -178,9 +179,10 @@ def test_a_build_id_names_a_file_wherever_it_lies(watch: Start, tmp_path: Path) 
     other = compiled(tmp_path, "other", CALLER, "-pthread", "-O0")
     w = watch(probes__functions=[entry(f"build-id:{build_id_of(program)}", "first", mode="count")])
     with heeding(w):
-        for path in (copy, other):
+        for path in (other, copy):
             process = w.cgroup.run(path, "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            time.sleep(0.4)
+            if path is copy:
+                wait_for(lambda: any(state.functions for state in w.kernel.binaries.states()))
             process.communicate(b"go\n", timeout=10)
     found = w.finish().events(FunctionCall)
     assert [(str(copy), 4)] == [(event.binary, event.count) for event in found]
@@ -287,9 +289,11 @@ def test_a_go_program_can_be_watched(watch: Start, tmp_path: Path) -> None:
     assert {"main.called": 11} == calls(w.finish().events(FunctionCall))
 
 
-def wait_for(is_so: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def test_a_file_of_a_process_that_is_gone_is_found_by_the_kernels_path(watch: Start, tmp_path: Path) -> None:
+    """A program that ends before anybody looks at it is attached all the same, for the next one."""
+    program = compiled(tmp_path, "caller", CALLER, "-pthread")
+    w = watch(probes__functions=[entry(f"{tmp_path}/**", "first", mode="count")])
+    assert 0 == w.cgroup.run(program, "1", stdin=subprocess.DEVNULL).wait(timeout=10)
+    assert w.kernel.binaries.look_at_notices()
+    run(w, program, "8")
+    assert {"first": 8} == calls(w.finish().events(FunctionCall))

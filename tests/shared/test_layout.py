@@ -111,7 +111,7 @@ def btf() -> list[dict[str, Any]]:
 
 
 #: A notice is the time, the file, then who and how.
-NOTICE = ("<Q24sII", "ts_ns file tgid kind")
+NOTICE = ("<Q24sIIHB", "ts_ns file tgid kind path_at flags")
 
 #: tcp_state, ssl_op and function_call records are put together on the stack or in the ring, so the object's type
 #: information has no need of them.
@@ -208,7 +208,9 @@ def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
     for constant, number in (
         ("STELLA_SYMBOL_MAX", question.SYMBOL_BYTES), ("STELLA_FUNCTION_STACK", attaching._WITH_STACK),
         ("STELLA_SEEN_EACH", notices._SEEN_EACH[0]), ("STELLA_NOTICE_EXEC", notices.EXEC),
-        ("sizeof(struct stella_notice)", notices.NOTICE.size), ("sizeof(struct stella_mapped_question)", 8),
+        ("sizeof(struct stella_notice)", notices.NOTICE.size + notices.WALK_ROOM),
+        ("offsetof(struct stella_notice, path)", notices.NOTICE.size), ("STELLA_WALK_MAX", notices.WALK_MAX),
+        ("sizeof(struct stella_mapped_question)", 8),
     ):  # fmt: skip
         checks.append(f'_Static_assert({constant} == {number}, "{constant}");')
     for field, at in offsets(*NOTICE).items():

@@ -17,8 +17,9 @@ import msgspec
 from stella_collector.libbpf import RING_CALLBACK, Libbpf, Object
 from stella_shared.errors import BrokenPromise
 
-#: struct stella_notice: ts_ns, then inode, changed_ns, device, generation of struct stella_file_id; tgid, kind.
-NOTICE: Final = struct.Struct("<QQQIIII")
+#: struct stella_notice: ts_ns, file, tgid, kind, path_at, flags; then the path, which ends at WALK_MAX of WALK_ROOM.
+NOTICE: Final = struct.Struct("<Q24sIIHB5x")
+WALK_MAX, WALK_ROOM = 512, 768
 FILE: Final = struct.Struct("<QQII")
 EXEC: Final = 1
 _SEEN_EACH: Final = b"\2"
@@ -26,12 +27,22 @@ _DEVICE_MINOR_BITS: Final = 20
 
 
 class Notice(msgspec.Struct, frozen=True):
-    """A process has begun to run a file.  `file` is the kernel's key of it, for `tell_each` and `forget`."""
+    """A process has begun to run a file.  `file` is the kernel's key of it, for `tell_each` and `forget`.
+
+    `path` is what the kernel calls the file, from the root of the process's mount namespace; "" when it is cut.
+    """
 
     ts_ns: int
     pid: int
     is_exec: bool
     file: bytes
+    path: str = ""
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Inode number and time of the last change."""
+        inode, changed_ns, _, _ = FILE.unpack(self.file)
+        return inode, changed_ns
 
 
 class Notices:
@@ -49,9 +60,11 @@ class Notices:
         self._missed = 0
 
     def _on_notice(self, _: int, data: int, size: int) -> int:
-        if size >= NOTICE.size:
-            ts, inode, changed, device, generation, tgid, kind = NOTICE.unpack(ctypes.string_at(data, NOTICE.size))
-            self._taken.append(Notice(ts, tgid, kind == EXEC, FILE.pack(inode, changed, device, generation)))
+        if size >= NOTICE.size + WALK_ROOM:
+            raw = ctypes.string_at(data, NOTICE.size + WALK_ROOM)
+            ts, file, tgid, kind, at, flags = NOTICE.unpack_from(raw)
+            path = "" if flags else os.fsdecode(raw[NOTICE.size + at : NOTICE.size + WALK_MAX])
+            self._taken.append(Notice(ts, tgid, kind == EXEC, file, path))
         return 0
 
     def take(self) -> list[Notice]:

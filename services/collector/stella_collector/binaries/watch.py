@@ -250,7 +250,7 @@ class Binaries:
     def _look(self, pid: int, known: dict[tuple[int, int], FileId | None], notices: list[Notice]) -> bool:
         """Look at what a process has mapped.  `known` spares looking at a file twice in one round."""
         changed = False
-        told = {int.from_bytes(n.file[:8], "little"): n.file for n in notices}
+        told = {notice.version[0]: notice for notice in notices}
         program = mapped.program(pid)
         for mapping in mapped.mappings(pid):
             place = mapping.device, mapping.inode
@@ -259,7 +259,7 @@ class Binaries:
             version = known[place]
             if version is None:
                 continue
-            notice = told.pop(mapping.inode, b"")
+            notice = told.pop(mapping.inode, None)
             if version in self._dull:
                 continue
             file = self._files.get(self._alias.get(version, version))
@@ -267,16 +267,47 @@ class Binaries:
                 changed |= self._meet(mapping, is_program=(version.device, version.inode) == program)
                 file = self._files.get(self._alias.get(version, version))
             if file is None:
+                if notice is not None and version not in self._dull:
+                    told[mapping.inode] = notice  # it has ended while we looked
                 continue
             file.used_at = time.monotonic()
-            if notice:
-                file.notice = notice
-                if file.per_process and self.notices is not None:
-                    self.notices.tell_each(notice)
+            if notice is not None:
+                self._keep_notice(file, notice)
             changed |= self._probes.attach_process(file, pid)
-        if self.notices is not None:
-            for gone in told.values():  # the process has ended before we looked: the next one is to be told of
-                self.notices.forget(gone)
+        for notice in told.values():  # the process has ended before we looked
+            changed |= self._meet_by_path(notice)
+        return changed
+
+    def _keep_notice(self, file: WatchedFile, notice: Notice) -> None:
+        file.notice = notice.file
+        if file.per_process and self.notices is not None:
+            self.notices.tell_each(notice.file)
+
+    def _meet_by_path(self, notice: Notice) -> bool:
+        """Look at one of the node's own files by the kernel's path, when it still is the file that was run.
+
+        For any other one the next process is to be told of.
+        """
+        try:
+            descriptor = mapped.open_regular(notice.path)
+        except OSError:
+            descriptor = -1
+        version = file_id(os.fstat(descriptor)) if descriptor >= 0 else None
+        if version is None or (version.inode, version.changed_ns) != notice.version:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if self.notices is not None:
+                self.notices.forget(notice.file)
+            return False
+        changed = False
+        if version in self._dull or self._alias.get(version, version) in self._files:
+            os.close(descriptor)
+        else:
+            changed = self._consider(descriptor, (notice.path,), own=True, is_program=notice.is_exec)
+        file = self._files.get(self._alias.get(version, version))
+        if file is not None:
+            file.used_at = time.monotonic()
+            self._keep_notice(file, notice)
         return changed
 
     def _meet(self, mapping: Mapping, *, is_program: bool) -> bool:
