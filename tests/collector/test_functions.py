@@ -15,12 +15,21 @@ import pytest
 from stella_collector import kernel
 from stella_collector.binaries import file_probes
 from stella_collector.libbpf import Program
-from stella_shared.events import FILE_OPEN, FunctionCall
+from stella_shared.events import PROCESS_EXEC, FunctionCall
 from tests.collector.conftest import Watch
 from tests.collector.functions_kit import CALLER, build_id_of, calls, compiled, entry, heeding, offset_of, wait_for
 
 pytestmark = pytest.mark.kernel
 Start = Callable[..., Watch]
+
+
+#: The other probes take the kernel long to detach.
+ALONE = {
+    f"probes__{name}": False
+    for name in (
+        "sys_enter_openat", "inet_sock_set_state", "libc_connect", "libc_accept", "openssl_read", "openssl_write",
+    )
+}  # fmt: skip
 
 
 def run(watch: Watch, *command: str | Path) -> int:
@@ -35,14 +44,16 @@ def run(watch: Watch, *command: str | Path) -> int:
 def test_every_call_is_there_and_counted_exactly(watch: Start, tmp_path: Path, mode: str) -> None:
     """Four threads, a known number of calls: their sum is exact; file, build-id, offset and name are nm's."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(program, "first", "sec*", mode=mode)], ring_buffer_size=1 << 22)
+    w = watch(**ALONE, probes__functions=[entry(program, "first", "sec*", mode=mode)], ring_buffer_size=1 << 22)
     pid = run(w, program, "500", "4")
     seen = w.finish()
     found = seen.events(FunctionCall)
     assert Counter({"first": 2000, "second": 1}) == calls(found)
     assert {} == seen.ledger.lost
     build_id, offsets = build_id_of(program), {name: offset_of(program, name) for name in ("first", "second")}
-    (started,) = {(r.tgid, r.start_ns, r.program) for r in seen.records if r.type == FILE_OPEN and r.comm == b"caller"}
+    (started,) = {
+        (r.tgid, r.start_ns, r.program) for r in seen.records if r.type == PROCESS_EXEC and r.comm == b"caller"
+    }
     for record, event in zip(seen.records, seen.events(), strict=True):
         if isinstance(event, FunctionCall):
             assert started == (record.tgid, record.start_ns, record.program), "the same process as in all its events"
@@ -58,7 +69,7 @@ def test_every_call_is_there_and_counted_exactly(watch: Start, tmp_path: Path, m
 def test_the_stack_begins_with_the_function(watch: Start, tmp_path: Path) -> None:
     """Frame 0 is the function by build-id and offset; its caller follows. `stack: false` leaves it out."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread", "-fno-omit-frame-pointer")
-    w = watch(probes__functions=[entry(program, "first"), entry(program, "second", stack=False)])
+    w = watch(**ALONE, probes__functions=[entry(program, "first"), entry(program, "second", stack=False)])
     run(w, program, "3")
     found = w.finish().events(FunctionCall)
     assert 4 == len(found)
@@ -83,7 +94,7 @@ int main() { return app::Box<int>().get(0) + app::by_args(0, 'x') + app::mangled
 """
     program = compiled(tmp_path, "names", source, compiler="g++")
     wanted = ["app::Box<int>::get*", "app::by_args", "_ZN3app7mangledEl", "plain", "alias"]
-    w = watch(probes__functions=[entry(program, *wanted)])
+    w = watch(**ALONE, probes__functions=[entry(program, *wanted)])
     run(w, program)
     assert {"_ZNK3app3BoxIiE3getEi": 1, "_ZN3app7by_argsEic": 1, "_ZN3app7mangledEl": 1, "alias": 1} == calls(
         w.finish().events(FunctionCall)
@@ -103,7 +114,7 @@ __attribute__((noinline)) int parted(int n) { if (__builtin_expect(n > 100, 0)) 
 int main(int argc, char **argv) { return chosen() + parted(argc) - 1; }
 """
     program = compiled(tmp_path, "odd", source, "-O2", "-freorder-blocks-and-partition")
-    w = watch(probes__functions=[entry(program, "chosen", "parted*", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(program, "chosen", "parted*", mode="count")])
     run(w, program)
     assert Counter({"parted": 1}) == calls(w.finish().events(FunctionCall))
     (state,) = w.kernel.binaries.states()
@@ -121,7 +132,7 @@ int main(void) {{ int (*f)(int) = (int (*)(int))dlsym(dlopen("{library}", RTLD_N
 getchar(); for (int i = 0; i < 7; i++) f(i); return 0; }}
 """
     program = compiled(tmp_path, "opener", source)
-    w = watch(probes__functions=[entry(f"{tmp_path}/**/libplug.so", "plugged")])
+    w = watch(**ALONE, probes__functions=[entry(f"{tmp_path}/**/libplug.so", "plugged")])
     with heeding(w):
         process = w.cgroup.run(program, stdin=subprocess.PIPE)
         wait_for(lambda: any(state.functions for state in w.kernel.binaries.states()))
@@ -133,7 +144,7 @@ getchar(); for (int i = 0; i < 7; i++) f(i); return 0; }}
 def test_a_short_program_is_seen_from_its_first_call(watch: Start, tmp_path: Path) -> None:
     """Once a file was met, each later process is seen from its begin, be it as short as can be."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(f"{tmp_path}/**", "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(f"{tmp_path}/**", "first", mode="count")])
     with heeding(w):
         first = w.cgroup.run(program, "1", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         wait_for(lambda: any(state.functions for state in w.kernel.binaries.states()))
@@ -149,7 +160,7 @@ def test_a_binary_replaced_on_disk_is_attached_anew(watch: Start, tmp_path: Path
     """Another file under the same name, and other bytes in the same file: new build-id, new digest, right counts."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
     other = compiled(tmp_path, "other", CALLER.replace("n + 1", "n * 3 + 7 * n * n"), "-pthread", "-O0")
-    w = watch(probes__functions=[entry(program, "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(program, "first", mode="count")])
     run(w, program, "5")
     digests = {state.sha256 for state in w.kernel.binaries.states()}
     shutil.copy(other, tmp_path / "new")
@@ -177,7 +188,7 @@ def test_a_build_id_names_a_file_wherever_it_lies(watch: Start, tmp_path: Path) 
     copy = tmp_path / "renamed"
     shutil.copy(program, copy)
     other = compiled(tmp_path, "other", CALLER, "-pthread", "-O0")
-    w = watch(probes__functions=[entry(f"build-id:{build_id_of(program)}", "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(f"build-id:{build_id_of(program)}", "first", mode="count")])
     with heeding(w):
         for path in (other, copy):
             process = w.cgroup.run(path, "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -199,7 +210,7 @@ def test_a_file_that_lies_costs_its_reader_and_nobody_else(watch: Start, tmp_pat
         huge[at + 32 : at + 40] = (1 << 62).to_bytes(8, "little")
     (tmp_path / "lie-sizes").write_bytes(huge)
     (tmp_path / "lie-text").write_bytes(b"#!/bin/sh\n" * 50)
-    w = watch(probes__functions=[entry(f"{tmp_path}/lie-*", "*"), entry(program, "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(f"{tmp_path}/lie-*", "*"), entry(program, "first", mode="count")])
     run(w, program, "9")
     assert {"first": 9} == calls(w.finish().events(FunctionCall))
     reasons = {state.binary.rpartition("/")[2]: state.reason for state in w.kernel.binaries.states()}
@@ -216,7 +227,7 @@ def test_too_many_functions_are_refused_by_number(
     names = "\n".join(f"int many_{i}(void) {{ return {i}; }}" for i in range(101))
     library = compiled(tmp_path, "many.so", names, "-shared", "-fPIC", "-O0")
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(library, "many_*"), entry(program, "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(library, "many_*"), entry(program, "first", mode="count")])
     run(w, program, "2")
     assert {"first": 2} == calls(w.finish().events(FunctionCall))
     reasons = {state.binary: state.reason for state in w.kernel.binaries.states()}
@@ -228,9 +239,9 @@ def test_counters_that_find_no_room_lose_nothing(watch: Start, tmp_path: Path, m
     monkeypatch.setattr(kernel, "COUNTERS_MAX", 4)
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
     w = watch(
+        **ALONE,
         probes__functions=[entry(program, "first", "second", "main", mode="count", stack=False)],
         ring_buffer_size=os.sysconf("SC_PAGESIZE"),
-        probes__sys_enter_openat=False,
     )
     for _ in range(8):
         run(w, program, "4")
@@ -243,7 +254,7 @@ def test_counters_that_find_no_room_lose_nothing(watch: Start, tmp_path: Path, m
 def test_counters_of_processes_that_have_ended_go(watch: Start, tmp_path: Path) -> None:
     """What a process counted is written once it has ended, and two flushes later its counters are free again."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(program, "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(program, "first", mode="count")])
     for _ in range(3):
         run(w, program, "2")
 
@@ -266,7 +277,10 @@ def test_without_links_of_many_probes_single_ones_do(
     names = "\n".join(f"int f{i}(void) {{ return {i}; }}" for i in range(257))
     library = compiled(tmp_path, "many.so", names, "-shared", "-fPIC", "-O0")
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(library, "f*"), entry(program, "first"), entry(program, "second", mode="count")])
+    w = watch(
+        **ALONE,
+        probes__functions=[entry(library, "f*"), entry(program, "first"), entry(program, "second", mode="count")],
+    )
     run(w, program, "3")
     assert {"first": 3, "second": 1} == calls(w.finish().events(FunctionCall))
     reasons = {state.binary: state.reason for state in w.kernel.binaries.states() if not state.functions}
@@ -284,7 +298,7 @@ def test_a_go_program_can_be_watched(watch: Start, tmp_path: Path) -> None:
     )
     program = tmp_path / "gone"
     subprocess.run([go, "build", "-o", program, tmp_path / "main.go"], check=True, cwd=tmp_path)
-    w = watch(probes__functions=[entry(program, "main.called", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(program, "main.called", mode="count")])
     run(w, program)
     assert {"main.called": 11} == calls(w.finish().events(FunctionCall))
 
@@ -292,7 +306,7 @@ def test_a_go_program_can_be_watched(watch: Start, tmp_path: Path) -> None:
 def test_a_file_of_a_process_that_is_gone_is_found_by_the_kernels_path(watch: Start, tmp_path: Path) -> None:
     """A program that ends before anybody looks at it is attached all the same, for the next one."""
     program = compiled(tmp_path, "caller", CALLER, "-pthread")
-    w = watch(probes__functions=[entry(f"{tmp_path}/**", "first", mode="count")])
+    w = watch(**ALONE, probes__functions=[entry(f"{tmp_path}/**", "first", mode="count")])
     assert 0 == w.cgroup.run(program, "1", stdin=subprocess.DEVNULL).wait(timeout=10)
     assert w.kernel.binaries.look_at_notices()
     run(w, program, "8")
