@@ -49,6 +49,11 @@ def attached(watch: Watch) -> bool:
     return any(state.mode == "openssl_write" and state.functions for state in watch.kernel.binaries.states())
 
 
+def has_own_probes(watch: Watch, pid: int) -> bool:
+    """Return whether a process has probes that are attached to it alone."""
+    return any(watch.kernel.binaries._probes._of_process.get(pid, ({}, ""))[0].values())
+
+
 def let_go(process: subprocess.Popen[bytes]) -> None:
     """Let a program that waits go on to its end."""
     process.communicate(b"go\n", timeout=20)
@@ -75,8 +80,7 @@ def test_the_nodes_own_library_is_attached_process_by_process(watch: Start, tmp_
     with heeding(w):
         for _ in range(2):
             process = w.cgroup.run(program, library, "3", stdin=subprocess.PIPE)
-            links = w.kernel.binaries._probes._of_process
-            wait_for(lambda pid=process.pid: any(links.get(pid, ({}, ""))[0].values()))
+            wait_for(lambda pid=process.pid: has_own_probes(w, pid))
             let_go(process)
         # Not in the target cgroup: nobody attaches to it.
         subprocess.run([program, library, "3"], check=True, timeout=20, input=b"go\n")
