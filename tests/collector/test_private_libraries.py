@@ -89,6 +89,33 @@ def test_the_nodes_own_library_is_attached_process_by_process(watch: Start, tmp_
     assert (True, "process") == states["openssl_read"] == states["openssl_write"]
 
 
+def test_a_forked_worker_gets_probes_of_its_own(watch: Start, tmp_path: Path) -> None:
+    """A fork maps nothing anew, so no notice tells of it: it is found by the next look, a quarter of a second later."""
+    library = compiled(tmp_path, "libssl.so.3", TLS, "-shared", "-fPIC")
+    source = USER.replace("#include <stdlib.h>", "#include <stdlib.h>\n#include <sys/wait.h>\n#include <unistd.h>")
+    source = source.replace(
+        "	getchar();",
+        "	getchar();\n	if (fork()) {\n		wait(0);\n		return 0;\n	}\n	getchar();",
+    )
+    program = compiled(tmp_path, "forking", source)
+    w = watch(**TLS_ALONE)
+    with heeding(w):
+        process = w.cgroup.run(program, library, "3", stdin=subprocess.PIPE, bufsize=0)
+        wait_for(lambda: has_own_probes(w, process.pid))
+        assert process.stdin
+        process.stdin.write(b"x")
+
+        def worker() -> int:
+            pids = (w.cgroup.path / "cgroup.procs").read_text().split()
+            return next((int(pid) for pid in pids if int(pid) != process.pid), 0)
+
+        wait_for(lambda: worker() != 0)
+        w.kernel.binaries.recheck()
+        assert has_own_probes(w, worker())
+        let_go(process)
+    assert {(str(library), "read", 4): 3, (str(library), "write", 10): 3} == Counter(moved(w))
+
+
 def test_a_layer_that_two_containers_share_is_probed_once(watch: Start, tmp_path: Path) -> None:
     """Two overlays over one layer are one inode below: each call shows once, in both containers."""
     lower = tmp_path / "lower"

@@ -91,6 +91,8 @@ class Binaries:
         self._alias: dict[FileId, FileId] = {}
         self._dull: dict[FileId, None] = {}
         self._ids: set[int] = set()
+        #: Processes of the targets that were there at the last look.
+        self._met: set[int] = set()
         self._said: list[BinaryState] = []
         #: Microseconds from the kernel's notice to attached, the last few.
         self.delays_us: list[int] = []
@@ -166,7 +168,7 @@ class Binaries:
         """Attach to the node's own files whatever the targets are, to see whether that works."""
         with self._lock:
             self.scoped = self._probes.scoped = False
-            self._look_on_disk()
+            self._look_on_disk(with_globs=True)
             self._say()
 
     def detach(self) -> None:
@@ -223,13 +225,22 @@ class Binaries:
             return self._say() or changed
 
     def recheck(self) -> bool:
-        """Compare watched files with what they were, look at the node's own; return whether anything changed."""
+        """Look at what may change without a notice and soon matters; return whether anything changed.
+
+        That is: watched files that are written over, files that are replaced under a name that was asked for, and
+        processes that were forked with a library mapped which each process has its own probes of.
+        """
         with self._lock:
             changed = False
             for file in list(self._files.values()):
                 if file_id(os.fstat(file.descriptor)) != file.id:
                     changed |= self._renew(file)
-            changed |= self._look_on_disk()
+            changed |= self._look_on_disk(with_globs=False)
+            if any(file.per_process for file in self._files.values()):
+                pids = set(targets.processes(self._ids))
+                for pid in sorted(pids - self._met):
+                    changed |= self._look(pid, {}, [])
+                self._met = pids
             return self._say() or changed
 
     def scan(self, ids: Iterable[int] | None = None) -> bool:
@@ -240,6 +251,7 @@ class Binaries:
             if ids is not None:
                 self._ids = set(ids)
             changed = self.recheck()
+            changed |= self._look_on_disk(with_globs=True)
             pids = targets.processes(self._ids) if self.scoped else mapped.everybody()
             known: dict[tuple[int, int], FileId | None] = {}
             for pid in pids:
@@ -321,28 +333,30 @@ class Binaries:
         paths = tuple(dict.fromkeys(mapped.path_for_process(mapping)))
         return self._consider(descriptor, paths, own=own, is_program=is_program)
 
-    def _look_on_disk(self) -> bool:
+    def _look_on_disk(self, *, with_globs: bool) -> bool:
         """Attach to the node's own files before anybody runs them, where the node's own processes are watched."""
         filters = self._signals.filters
         eager = not self.scoped or bool(filters.target_cgroups or filters.target_namespaces)
-        paths = [] if self.scoped else self._own_libraries()
+        paths = self._own_libraries() if with_globs and not self.scoped else []
         if eager:
             paths += [
                 path
                 for entry in self._chooser.entries
-                if entry.glob and not entry.asked.image
+                if entry.glob and not entry.asked.image and (with_globs or not set(entry.glob) & set("*?"))
                 for path in mapped.on_disk(entry.glob, _ON_DISK_MAX)
             ]
         changed = False
         for path in dict.fromkeys(paths):
             try:
-                version = file_id(os.stat(path))
+                status = os.stat(path)
+                version = file_id(status)
                 if version in self._dull or version in self._files or version in self._alias:
                     continue
                 descriptor = mapped.open_regular(path)
             except OSError:
                 continue
-            changed |= self._consider(descriptor, (path, os.path.realpath(path)), own=True, is_program=False)
+            is_program = bool(status.st_mode & 0o111) and ".so" not in os.path.basename(path)
+            changed |= self._consider(descriptor, (path, os.path.realpath(path)), own=True, is_program=is_program)
         return changed
 
     # ---- one file

@@ -1,0 +1,121 @@
+"""What is asked of a file and what is believed of the answer; names without arguments; files found by a glob."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stella_collector.binaries import mapped
+from stella_collector.binaries.choosing import Chooser, Library
+from stella_collector.binaries.elf import without_arguments
+from stella_collector.binaries.question import Answer, Function, Matched, Patterns, Question, checked, table_sha256
+from stella_shared.config import Probes, Signals, WatchedFunctions
+from stella_shared.errors import BrokenPromise
+
+QUESTION = Question([Patterns(0, ["*"]), Patterns(2, ["*"])], ["SSL_read"], 3)
+
+
+def answered(answer: Answer) -> Answer:
+    """Return what is believed of an answer about a file of 1,000 bytes."""
+    return checked(msgspec.msgpack.encode(answer), QUESTION, 1000)
+
+
+def test_an_honest_answer_is_believed() -> None:
+    """Sorted offsets within the file, each once, of entries that were asked about."""
+    answer = Answer(
+        build_id="ab" * 20,
+        matched=[Matched(0, 2, [Function(8, b"a", 1), Function(9, b"b", 300)]), Matched(2, 1, [Function(1, b"c", 1)])],
+        named={"SSL_read": 16},
+    )
+    assert answer == answered(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(matched=[Matched(1, 1, [Function(8, b"a", 1)])]),
+        Answer(matched=[Matched(0, 2, [Function(9, b"a", 1), Function(8, b"b", 1)])]),
+        Answer(matched=[Matched(0, 2, [Function(8, b"a", 1), Function(8, b"b", 1)])]),
+        Answer(matched=[Matched(0, 1, [Function(8, b"a", 1)]), Matched(2, 1, [Function(8, b"b", 1)])]),
+        Answer(matched=[Matched(0, 1, [Function(1000, b"a", 1)])]),
+        Answer(matched=[Matched(0, 4, [Function(i, b"a", 1) for i in range(4)])]),
+        Answer(matched=[Matched(0, 1, [Function(8, b"", 0)])]),
+        Answer(matched=[Matched(0, 1, [Function(8, b"a\0b", 3)])]),
+        Answer(matched=[Matched(0, 1, [Function(8, b"a" * 201, 201)])]),
+        Answer(matched=[Matched(0, 1, [Function(8, b"abc", 2)])]),
+        Answer(matched=[Matched(0, 0, [])] * 3),
+        Answer(named={"SSL_write": 16}),
+        Answer(named={"SSL_read": 1000}),
+        Answer(build_id="a" * 65),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused(answer: Answer) -> None:
+    """Whoever has taken the reading process over cannot make the collector believe it."""
+    with pytest.raises(BrokenPromise):
+        answered(answer)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\x81\xa6reason\x01", b"\x91" * 5000])
+def test_bytes_that_are_no_answer_are_refused(data: bytes) -> None:
+    """Whatever they are."""
+    with pytest.raises(BrokenPromise):
+        checked(data, QUESTION, 1000)
+
+
+def test_the_table_has_one_digest() -> None:
+    """Offset, space, name, newline, for each function: as docs/evidence-format.md says."""
+    assert hashlib.sha256(b"16 f\n20 g\n").hexdigest() == table_sha256([Function(16, b"f", 1), Function(20, b"g", 1)])
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("f(int)", "f"),
+        ("f", "f"),
+        ("a::b<c>::d(int, e<f>) const", "a::b<c>::d"),
+        ("(anonymous namespace)::f()", "(anonymous namespace)::f"),
+        ("a::operator()(int) const", "a::operator()"),
+        ("a::operator<(a const&)", "a::operator<"),
+        ("a::operator->()", "a::operator->"),
+        ("bool a::operator<< <int>(b)", "bool a::operator<< <int>"),
+        ("a<(b)1>::c()", "a<(b)1>::c"),
+    ],
+)
+def test_a_name_ends_where_its_arguments_begin(name: str, short: str) -> None:
+    """Operators and template arguments have brackets of their own."""
+    assert short.encode() == without_arguments(name.encode())
+
+
+def test_what_a_file_is_wanted_for() -> None:
+    """By path, by build-id, as a library, as a program; `image` leaves the node's own files alone."""
+    entries = [
+        WatchedFunctions(binary="/opt/**", functions=["f"]),
+        WatchedFunctions(binary="build-id:abcd", functions=["f"]),
+        WatchedFunctions(binary="/opt/**", functions=["f"], image="nginx*"),
+    ]
+    tls = Library("openssl_read", "libssl", (("a", "b", "SSL_read"),))
+    chooser = Chooser(Signals(probes=Probes(functions=entries, openssl_libraries=["/opt/x"])), [tls])
+
+    def wanted(path: str, *, own: bool, is_program: bool = False) -> tuple[list[int], bool]:
+        found = chooser.interest([path], own=own, is_program=is_program)
+        return [entry.number for entry in found.entries], bool(found.libraries)
+
+    assert ([0, 1], False) == wanted("/opt/y", own=True)
+    assert ([0, 1, 2], False) == wanted("/opt/y", own=False)
+    assert ([1], True) == wanted("/usr/lib/libssl.so.3", own=True)
+    assert ([0, 1], True) == wanted("/opt/x", own=True)
+    assert ([1], True) == wanted("/bin/y", own=False, is_program=True)
+
+
+def test_a_glob_names_files_on_disk(tmp_path: Path) -> None:
+    """Within bounds, files only, and nothing where any depth would have to be searched."""
+    for name in ("a1", "a2", "b1"):
+        (tmp_path / name).touch()
+    (tmp_path / "a3").mkdir()
+    assert [f"{tmp_path}/a1", f"{tmp_path}/a2"] == mapped.on_disk(f"{tmp_path}/a*", 10)
+    assert [f"{tmp_path}/a1"] == mapped.on_disk(f"{tmp_path}/a*", 1)
+    assert [f"{tmp_path}/b1"] == mapped.on_disk(f"{tmp_path}/b1", 10)
+    assert [] == mapped.on_disk(f"{tmp_path}/**", 10)
