@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import platform
+import random
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from stella_collector.binaries import mapped
+from stella_collector.binaries import elf, mapped
 from stella_collector.binaries.choosing import Chooser, Library
 from stella_collector.binaries.elf import without_arguments
 from stella_collector.binaries.question import Answer, Function, Matched, Patterns, Question, checked, table_sha256
 from stella_shared.config import Probes, Signals, WatchedFunctions
 from stella_shared.errors import BrokenPromise
+from tests.collector.functions_kit import compiled
 
 QUESTION = Question([Patterns(0, ["*"]), Patterns(2, ["*"])], ["SSL_read"], 3)
 
@@ -87,6 +91,28 @@ def test_the_table_has_one_digest() -> None:
 def test_a_name_ends_where_its_arguments_begin(name: str, short: str) -> None:
     """Operators and template arguments have brackets of their own."""
     assert short.encode() == without_arguments(name.encode())
+
+
+def test_any_bytes_are_a_file_or_no_file(tmp_path: Path) -> None:
+    """A program with bytes changed at random gives an answer or one of the refusals, never anything else."""
+    drawn = random.Random(7)
+    program = compiled(tmp_path, "small", "int f(void) { return 1; }\nint main(void) { return f(); }")
+    whole = program.read_bytes()
+    question = Question([Patterns(0, ["*"])], ["f"], 1000)
+    answers = refusals = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(drawn.randrange(1, 12)):
+            # Headers and tables are at both ends.
+            at = drawn.choice([drawn.randrange(1024), drawn.randrange(len(data) - 4096, len(data))])
+            data[at] = drawn.randrange(256)
+        try:
+            found = elf.answer(io.BytesIO(bytes(data)), question, platform.machine())
+            checked(msgspec.msgpack.encode(found), question, len(data))
+            answers += 1
+        except elf.REFUSALS:
+            refusals += 1
+    assert answers and refusals
 
 
 def test_what_a_file_is_wanted_for() -> None:

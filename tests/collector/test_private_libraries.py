@@ -93,10 +93,8 @@ def test_a_forked_worker_gets_probes_of_its_own(watch: Start, tmp_path: Path) ->
     """A fork maps nothing anew, so no notice tells of it: it is found by the next look, a quarter of a second later."""
     library = compiled(tmp_path, "libssl.so.3", TLS, "-shared", "-fPIC")
     source = USER.replace("#include <stdlib.h>", "#include <stdlib.h>\n#include <sys/wait.h>\n#include <unistd.h>")
-    source = source.replace(
-        "	getchar();",
-        "	getchar();\n	if (fork()) {\n		wait(0);\n		return 0;\n	}\n	getchar();",
-    )
+    fork = "if (fork()) { wait(0); return 0; } getchar();"
+    source = source.replace("getchar();", f"getchar(); {fork}")
     program = compiled(tmp_path, "forking", source)
     w = watch(**TLS_ALONE)
     with heeding(w):
