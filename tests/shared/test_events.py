@@ -225,3 +225,53 @@ def test_a_line_that_is_none_is_a_broken_promise(text: str | bytes) -> None:
     """`decode_line` names what is wrong and raises nothing else."""
     with pytest.raises(BrokenPromise):
         events.decode_line(text)
+
+
+def function_call(
+    symbol: bytes, *, total: int = 0, counted: bool = False, stack: bytes = b"", build_id: int = 20
+) -> bytes:
+    """Return the body of a function_call record."""
+    times = (5, 100, 200) if counted else (1, 0, 0)
+    frames = len(stack) // events.STACK_FRAME.size
+    head = events.FUNCTION_CALL_BODY.pack(
+        4096, *times, 0, len(symbol), build_id, frames, b"\xab" * build_id, total or len(symbol)
+    )
+    return head + stack + symbol
+
+
+def test_a_traced_call_has_its_stack() -> None:
+    """The frames stand before the symbol; nothing is said of a count."""
+    stack = events.STACK_FRAME.pack(1, b"\xab" * 20, 4096) + events.STACK_FRAME.pack(2, bytes(20), 0x7F00)
+    event = events.decode_event(6, 15, function_call(b"main", stack=stack), ["/bin/x"])
+    assert event == events.FunctionCall(
+        binary="/bin/x",
+        build_id="ab" * 20,
+        offset=4096,
+        stack=[events.StackFrame(build_id="ab" * 20, offset=4096), events.StackFrame(symbol="addr:0x7f00")],
+        symbol="main",
+    )
+
+
+def test_a_counted_call_has_its_times() -> None:
+    """Count, first and last; a file without a build-id has none."""
+    event = events.decode_event(6, 15, function_call(b"main", counted=True, build_id=0), [])
+    assert event == events.FunctionCall(
+        binary="library:0", count=5, first_ns=100, last_ns=200, offset=4096, symbol="main"
+    )
+
+
+def test_a_mangled_name_is_told_apart() -> None:
+    """It stands in `symbol_mangled`, with the reason why `symbol` is the same, and whether it was cut."""
+    event = events.decode_event(6, 15, function_call(b"_Z1av", total=900), ["/bin/x"])
+    assert isinstance(event, events.FunctionCall)
+    assert ("_Z1av", "_Z1av", "not_demangled", True) == (
+        event.symbol, event.symbol_mangled, event.symbol_reason, event.symbol_truncated,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [1, 4, 40, 70])
+def test_a_cut_call_is_refused(cut: int) -> None:
+    """A symbol or a stack that runs over the end of the record is a broken promise."""
+    stack = events.STACK_FRAME.pack(1, b"\xab" * 20, 4096)
+    with pytest.raises(BrokenPromise):
+        events.decode_event(6, 15, function_call(b"main", stack=stack)[:-cut], ["/bin/x"])

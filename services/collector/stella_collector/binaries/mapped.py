@@ -8,14 +8,20 @@ through the process's own root, and then it is the file that the path has now.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_SYS_OPENAT2: Final = 437
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_IN_ROOT: Final = 0x10
 _MAPS_BYTES_MAX: Final = 8 << 20
 _FILES_MAX: Final = 1024
 #: What a look at all processes takes on at once.
@@ -81,7 +87,20 @@ def open_mapped(mapping: Mapping) -> int:
     try:
         return open_regular(f"/proc/{mapping.pid}/map_files/{_plain(mapping.addresses)}")
     except PermissionError:
-        return open_regular(f"/proc/{mapping.pid}/root{mapping.path}")
+        return _open_below_root(mapping)
+
+
+def _open_below_root(mapping: Mapping) -> int:
+    """Open the path as the process would; no link in it leads out of the process's root (openat2, RESOLVE_IN_ROOT)."""
+    root = os.open(f"/proc/{mapping.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        place = _libc.syscall(_SYS_OPENAT2, root, os.fsencode(mapping.path), how, len(how))
+        if place < 0:
+            raise OSError(ctypes.get_errno(), "openat2")
+    finally:
+        os.close(root)
+    return _readable(place)
 
 
 def version(mapping: Mapping) -> FileId | None:
@@ -98,7 +117,11 @@ def version(mapping: Mapping) -> FileId | None:
 
 def open_regular(path: str) -> int:
     """Return a readable descriptor of a regular file.  Raises `OSError` for anything else, which is not opened."""
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    return _readable(os.open(path, os.O_PATH | os.O_CLOEXEC))
+
+
+def _readable(place: int) -> int:
+    """Return a readable descriptor of the regular file that an O_PATH descriptor, which is closed, stands for."""
     try:
         if not stat.S_ISREG(os.fstat(place).st_mode):
             raise OSError(0, "not a regular file")
