@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from stella_shared.events import json_schema
-from tests.collector.functions_kit import CALLER, build_id_of, compiled, entry
+from tests.collector.functions_kit import CALLER, build_id_of, compiled, entry, wait_for
 from tests.system.node import Node, running
 
 pytestmark = pytest.mark.kernel
@@ -24,6 +24,12 @@ return sum == 10 ? 0 : 1; }
 """
 
 
+def is_watched(node: Node, binary: str) -> bool:
+    """Return whether the node says that it watches functions of this file."""
+    collector = next(s for s in node.get("/status")["services"] if s["service"] == "collector")
+    return any(row["binary"] == binary and row["functions"] for row in collector["detail"]["binaries"])
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory):
     """A node that has watched two programs, and was stopped in order."""
@@ -33,13 +39,14 @@ def node(tmp_path_factory: pytest.TempPathFactory):
     asked = [
         entry(caller, "first", mode="count"),
         entry(caller, "second"),
-        entry(till, "shop::Till::*"),
+        entry(f"{folder}/**/till", "shop::Till::*"),
         entry("/no/such/file", "x"),
     ]
     probes = {"functions": asked, "sys_enter_openat": False}
     with running(folder / "node", "functions", probes=probes) as running_node:
         for program, words in ((till, []), (caller, ["300", "3"]), (till, [])):
             process = running_node.cgroup.run(program, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            wait_for(lambda name=str(program): is_watched(running_node, name))
             process.communicate(b"go\n", timeout=30)
             assert 0 == process.returncode
             time.sleep(1.5)
