@@ -53,8 +53,11 @@ struct count_key {
 };
 struct count_value {
 	__u64 count;
-	__u64 first_ns;
+	__u64 first_ns; /* 0: nothing was counted since it was read */
 	__u64 last_ns;
+	__u64 number; /* + 1, of the record to come; 0: none yet */
+	__u32 lane;
+	__u32 reserved;
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -165,7 +168,9 @@ static __always_inline int record_call(void *ctx, const struct stella_function *
 }
 
 /* A counter is cleared by exchange and added to atomically, so each call is in exactly one record.  The times are
- * those of the first and last call, but for a call that runs while the counter is being read. */
+ * those of the first and last call, but for a call that runs while the counter is being read.
+ * The first call takes the number of the record to come: what is counted when the collector is killed is then among
+ * the numbers that were handed out and never arrived. */
 static __always_inline bool count_call(__u32 function)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
@@ -197,8 +202,14 @@ static __always_inline bool count_call(__u32 function)
 		if (!v)
 			return false;
 	}
-	if (!v->first_ns)
-		v->first_ns = now;
+	if (!v->first_ns && !__sync_val_compare_and_swap(&v->first_ns, 0, now)) {
+		__u32 index;
+		struct stella_lane *lane = lane_of(STELLA_LANE_UPROBE, &index);
+		if (lane) {
+			v->lane = index;
+			v->number = COUNT(STELLA_LANE_UPROBE, lane->taken) + 1;
+		}
+	}
 	v->last_ns = now;
 	__sync_fetch_and_add(&v->count, 1);
 	return true;
@@ -279,6 +290,8 @@ static long flush_counter(void *map, struct count_key *key, struct count_value *
 	struct stella_lane *lane = lane_of(STELLA_LANE_UPROBE, &index);
 	if (!f || !lane)
 		return 0;
+	if (!v->number && v->first_ns)
+		return 0; /* the first call is about to take a number */
 	struct function_head *r = bpf_ringbuf_reserve(&stella_ring, sizeof(*r) + STELLA_SYMBOL_MAX, 0);
 	if (!r) { /* the counter keeps what it has: the next flush brings it */
 		s->left++;
@@ -286,8 +299,14 @@ static long flush_counter(void *map, struct count_key *key, struct count_value *
 	}
 	__builtin_memset(&r->h, 0, sizeof(r->h));
 	r->h.ts_ns = bpf_ktime_get_boot_ns();
-	r->h.lane = index;
-	r->h.seq = COUNT(STELLA_LANE_UPROBE, lane->taken);
+	if (v->number) {
+		r->h.lane = v->lane;
+		r->h.seq = v->number - 1;
+		v->number = 0;
+	} else { /* counted just after the last record was made */
+		r->h.lane = index;
+		r->h.seq = COUNT(STELLA_LANE_UPROBE, lane->taken);
+	}
 	r->h.tgid = key->tgid;
 	r->h.tid = key->tgid;
 	r->h.uid = key->uid;

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from stella_collector import kernel
+from stella_collector.accounting import decode_counters
 from stella_collector.binaries import file_probes
 from stella_collector.libbpf import Program
 from stella_shared.events import PROCESS_EXEC, FunctionCall
@@ -268,6 +269,48 @@ def test_counters_of_processes_that_have_ended_go(watch: Start, tmp_path: Path) 
         w.kernel.binaries.flush()
     assert ((3, 3), (0, 0)) == (before, counters())
     assert {"first": 6} == calls(w.finish().events(FunctionCall))
+
+
+def test_counters_are_read_while_they_count(watch: Start, tmp_path: Path) -> None:
+    """Four threads count as fast as they can while counters are cleared again and again: the sum is exact."""
+    program = compiled(tmp_path, "caller", CALLER, "-pthread")
+    w = watch(
+        **{**ALONE, "probes__sched_process_exec": False},
+        probes__functions=[entry(program, "first", mode="count")],
+        ring_buffer_size=1 << 20,
+    )
+    process = w.cgroup.run(program, "50000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b"go\n")
+    process.stdin.close()
+    while process.poll() is None:
+        w.kernel.binaries.flush()
+        w.drain()
+    assert process.stdout
+    process.stdout.close()
+    seen = w.finish()
+    found = seen.events(FunctionCall)
+    assert 200_000 == sum(event.count or 0 for event in found)
+    assert len(found) > 20
+    assert len(found) == len({(record.lane, record.seq) for record in seen.records})
+    assert {} == seen.ledger.lost
+
+
+def test_what_is_counted_and_not_written_has_its_number(watch: Start, tmp_path: Path) -> None:
+    """A collector that is killed leaves counters behind: each is a number that was handed out and never arrives."""
+    program = compiled(tmp_path, "caller", CALLER, "-pthread")
+    w = watch(
+        **{**ALONE, "probes__sched_process_exec": False},
+        probes__functions=[entry(program, "first", "second", mode="count")],
+    )
+    for _ in range(3):
+        run(w, program, "50", "4")
+    handed_out = sum(counters.taken for counters in decode_counters(w.kernel.counters()))
+    assert (6, 0) == (handed_out, w.kernel.ring.waiting())
+    seen = w.finish()
+    assert {"first": 600, "second": 3} == calls(seen.events(FunctionCall))
+    assert 6 == len({(record.lane, record.seq) for record in seen.records})
+    assert {} == seen.ledger.lost
 
 
 def test_without_links_of_many_probes_single_ones_do(
