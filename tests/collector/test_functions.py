@@ -279,7 +279,7 @@ def test_counters_are_read_while_they_count(watch: Start, tmp_path: Path) -> Non
         probes__functions=[entry(program, "first", mode="count")],
         ring_buffer_size=1 << 20,
     )
-    process = w.cgroup.run(program, "50000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = w.cgroup.run(program, "12500", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin
     process.stdin.write(b"go\n")
     process.stdin.close()
@@ -290,8 +290,8 @@ def test_counters_are_read_while_they_count(watch: Start, tmp_path: Path) -> Non
     process.stdout.close()
     seen = w.finish()
     found = seen.events(FunctionCall)
-    assert 200_000 == sum(event.count or 0 for event in found)
-    assert len(found) > 20
+    assert 50_000 == sum(event.count or 0 for event in found)
+    assert len(found) > 5
     assert len(found) == len({(record.lane, record.seq) for record in seen.records})
     assert {} == seen.ledger.lost
 
