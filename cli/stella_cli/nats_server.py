@@ -1,8 +1,9 @@
 """The embedded bus: which nats-server runs, its configuration, and who may say what on it.
 
     user        may publish                              may subscribe
-    collector   stella.raw.>, its beats                  answers
-    enricher    stella.enriched.>, its beats             work from STELLA_RAW, answers
+    collector   stella.raw.>, its beats                  stella.ctl.*.targets, answers
+    enricher    stella.enriched.>, stella.ctl.*.targets, work from STELLA_RAW, answers
+                its beats
     signer      its beats                                work from STELLA_ENRICHED, answers
     gateway     its beats                                stella.beat.>, answers
     operator    requests to JetStream (streams)          stella.beat.>, stella.enriched.>, answers
@@ -70,9 +71,9 @@ def permissions(user: str) -> dict[str, dict[str, list[str]]]:
     enriched_work = _work_on(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
     public = [subjects.ENRICHED_SUBJECTS, subjects.BEATS]
     table: dict[str, tuple[list[str], list[str]]] = {
-        "collector": (["stella.raw.>", *beats, *_LOOK], [_ANSWERS]),
+        "collector": (["stella.raw.>", *beats, *_LOOK], [_ANSWERS, subjects.targets("*")]),
         "enricher": (
-            [subjects.ENRICHED_SUBJECTS, *beats, *_LOOK, *raw_work],
+            [subjects.ENRICHED_SUBJECTS, subjects.targets("*"), *beats, *_LOOK, *raw_work],
             [_ANSWERS, *_delivery(subjects.RAW_DURABLE)],
         ),
         "signer": ([*beats, *_LOOK, *enriched_work], [_ANSWERS, *_delivery(subjects.SIGNER_DURABLE)]),

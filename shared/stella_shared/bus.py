@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import anyio
@@ -360,9 +360,13 @@ class Bus:
 
     async def beat(self, beat: Beat) -> None:
         """Send a heartbeat.  Silent when the bus is away: silence is what the gateway reports then."""
+        await self.tell(subjects.beat(beat.service, beat.instance), encode_beat(beat))
+
+    async def tell(self, subject: str, data: bytes) -> None:
+        """Send a message that is not stored.  Silent when the bus is away: who tells, tells again."""
         if self._nc.is_connected:
             with contextlib.suppress(nats.errors.Error, OSError):
-                await self._nc.publish(subjects.beat(beat.service, beat.instance), encode_beat(beat))
+                await self._nc.publish(subject, data)
 
     async def beats(self) -> AsyncIterator[Beat]:
         """Yield heartbeats of every service as they come.  What is no heartbeat is passed over."""
@@ -370,7 +374,7 @@ class Bus:
             with contextlib.suppress(BrokenPromise):
                 yield decode_beat(message.data)
 
-    async def tail(self, subject: str) -> AsyncIterator[Message]:
+    async def tail(self, subject: str) -> AsyncGenerator[Message, None]:
         """Yield messages on `subject` from now on, without storage or acks."""
         sub = await self._nc.subscribe(subject)
         try:

@@ -23,7 +23,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from stella_shared import config_layers, yamltext
+from stella_shared import config_layers, selectors, yamltext
 from stella_shared.config_checks import CHECKS
 from stella_shared.errors import ConfigError
 
@@ -272,7 +272,12 @@ class Filters(_Section, frozen=True):
 
     target_containers: Annotated[
         list[_Item],
-        _list("Only these containers: ids of 12 to 64 hex digits; `docker://` may stand before."),
+        _list(
+            "Only these containers: ids of 12 to 64 hex digits, `docker://` may stand before; or selectors: "
+            "`name:<pattern>` for the container's or pod's name, `image:<pattern>` for the image's name, "
+            "`label:<key>=<pattern>`. `*` and `?` stand for any text and any one character. Selectors need the "
+            "runtime's socket (signals.runtimes)."
+        ),
     ] = []
     target_namespaces: Annotated[
         list[_Item],
@@ -429,12 +434,31 @@ class Redaction(_Section, frozen=True):
     ] = []
 
 
-class Runtimes(_Section, frozen=True):
-    """Container runtimes that are asked for image digests."""
+_SOCKET: Final = "`auto`: the usual paths are asked when they exist. Empty: not asked."
 
-    docker_socket: Annotated[str, _text("Path of Docker's API socket. Empty: Docker is not asked.")] = (
-        "/var/run/docker.sock"
-    )
+
+class Runtimes(_Section, frozen=True):
+    """Container runtimes that are asked for images, labels and pods."""
+
+    docker_socket: Annotated[str, _text(f"Path of Docker's API socket. {_SOCKET}")] = "auto"
+    podman_socket: Annotated[str, _text(f"Path of podman's API socket, of podman as root. {_SOCKET}")] = "auto"
+    containerd_socket: Annotated[
+        str, _text(f"Path of containerd's socket, for containers of nerdctl and ctr. {_SOCKET}")
+    ] = "auto"
+    cri_socket: Annotated[
+        str,
+        _text(
+            "Path of the socket that the kubelet uses (CRI), for Kubernetes' containers. `auto`: containerd's socket "
+            "and CRI-O's usual one, when they exist. Empty: not asked."
+        ),
+    ] = "auto"
+    labels: Annotated[
+        list[_Item],
+        _list(
+            "Which labels of containers go into lines, by patterns of their keys such as `com.example.*`; `*` and `?` "
+            "stand for any text and any one character. The first 16 by key, 256 characters of each value."
+        ),
+    ] = []
 
 
 class Signals(_Section, frozen=True):
@@ -593,6 +617,13 @@ def check_runnable(signals: Signals) -> None:
         )
     if signing.submit_to_rekor and not signing.enabled:
         faults.append("signals.signing.submit_to_rekor is true but signals.signing.enabled is false")
+    runtimes = signals.runtimes
+    sockets = (runtimes.docker_socket, runtimes.podman_socket, runtimes.containerd_socket, runtimes.cri_socket)
+    if any(selectors.is_selector(t) for t in signals.filters.target_containers) and not any(sockets):
+        faults.append(
+            "signals.filters.target_containers has selectors, but no runtime may be asked what they match: set a "
+            "socket of signals.runtimes, or write ids"
+        )
     if signing.enabled and signing.key_id.startswith("hsm:") and not signing.pin_file:
         faults.append("signals.signing.key_id is an HSM's key, and signals.signing.pin_file names no file with its PIN")
     if faults:

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from stella_shared import expressions, patterns
+from stella_shared import expressions, patterns, selectors
 from stella_shared.config_layers import shown
 from stella_shared.symbols import is_build_id
 
@@ -117,8 +117,18 @@ def _watched_faults(item: Any) -> list[str]:
 
 
 def _containers_faults(items: list[str]) -> list[str]:
-    allowed = "container ids of 12 to 64 hex digits, as `docker ps --no-trunc` shows them"
-    return [f"has {shown(t)}; allowed: {allowed}" for t in items if not _CONTAINER.fullmatch(t)]
+    allowed = (
+        "container ids of 12 to 64 hex digits, as `docker ps --no-trunc` shows them, or name:…, image:…, label:…=…"
+    )
+    ids = [item for item in items if not selectors.is_selector(item)]
+    faults = [f"has {shown(t)}; allowed: {allowed}" for t in ids if not _CONTAINER.fullmatch(t)]
+    return faults + _that_parse(selectors.parse)([item for item in items if item not in ids])
+
+
+def _socket_faults(text: str) -> list[str]:
+    if text == "auto" or not _optional_file_faults(text):
+        return []
+    return [f"is {shown(text)}; allowed: auto, an absolute path of a socket, or empty"]
 
 
 def _namespaces_faults(items: list[str]) -> list[str]:
@@ -212,7 +222,10 @@ CHECKS: Final[dict[str, Callable[[Any], list[str]]]] = {
     "signals.metrics.token_file": _optional_file_faults,
     "signals.bus.url": _url_faults,
     "signals.bus.credentials_file": _optional_file_faults,
-    "signals.runtimes.docker_socket": _optional_file_faults,
+    "signals.runtimes.docker_socket": _socket_faults,
+    "signals.runtimes.podman_socket": _socket_faults,
+    "signals.runtimes.containerd_socket": _socket_faults,
+    "signals.runtimes.cri_socket": _socket_faults,
     "signals.redaction.patterns": _that_parse(expressions.compile_pattern),
     "signals.redaction.keep": _programs_faults,
 }

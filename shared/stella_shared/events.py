@@ -351,6 +351,14 @@ class Throttle(_Event, frozen=True, tag="throttle"):
 Event = FileOpen | ProcessExec | TcpState | NetConnect | SslOp | FunctionCall | Throttle
 
 
+class Pod(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Where Kubernetes put a container, in its runtime's words."""
+
+    name: str
+    namespace: str
+    container: Annotated[str, Meta(description="Its name in the pod; absent for the pod's own sandbox.")] | None = None
+
+
 class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One evidence line: what happened, who did it, where, and under which number."""
 
@@ -389,8 +397,30 @@ class EvidenceLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     exe_reason: Annotated[str, Meta(description="What is not known of the program, and why.")] | None = None
     image_digest: Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")] | None = None
     image_digest_kind: Annotated[Literal["config", "manifest"], Meta(description="Which digest it is.")] | None = None
+    image_name: (
+        Annotated[str, Meta(max_length=512, description="The image's name as the container was made with it.")] | None
+    ) = None
     image_reason: Annotated[str, Meta(description="Why the container's image is unknown.")] | None = None
+    image_repo_digests: (
+        Annotated[
+            list[str],
+            Meta(max_length=8, description="`name@sha256:…` under which registries know the image's manifest, sorted."),
+        ]
+        | None
+    ) = None
+    labels: (
+        Annotated[
+            dict[str, str],
+            Meta(
+                max_length=16,
+                description="Labels of the container that signals.runtimes.labels chooses; a value "
+                "that was cut ends with `…`.",
+            ),
+        ]
+        | None
+    ) = None
     pid: Annotated[int, Meta(ge=1)] | None = None
+    pod: Pod | None = None
     start_ns: (
         Annotated[
             int, Meta(ge=1, description="Start of the process, ns since boot: with `pid` and `boot_id`, its identity.")

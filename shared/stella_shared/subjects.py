@@ -3,6 +3,7 @@
     stella.raw.<node>               RAW       work queue: collector → one enricher of the pool
     stella.enriched.<node>.<type>   ENRICHED  limits: enricher → signer, and anybody who wants to read
     stella.beat.<service>.<instance>   core NATS: each service, once a second → gateway
+    stella.ctl.<node>.targets          core NATS: enricher → collector, which containers the selectors match
 
 `<type>` is one of `events.EVENT_TYPES`, or `ledger` for a batch that left no line (its body is empty, its
 head still carries the accounting).  A node name is one NATS token: `node_token` makes it so.
@@ -64,3 +65,8 @@ def beat(service: str, instance: str) -> str:
 
 
 BEATS: Final = "stella.beat.>"
+
+
+def targets(node: str) -> str:
+    """Subject of the containers that a node's selectors match (`*` is allowed)."""
+    return f"stella.ctl.{node if node == '*' else node_token(node)}.targets"

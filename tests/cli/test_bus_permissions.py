@@ -14,8 +14,10 @@ import pytest
 from node_kit import free_port
 
 from stella_cli import nats_server, node_file
-from stella_shared import subjects
+from stella_collector.selected import Selected
+from stella_shared import selectors, subjects
 from stella_shared.bus import Bus
+from stella_shared.config import Filters, Signals
 from stella_shared.errors import NotFound, TryAgain, UsageError
 from stella_shared.wire import Beat
 
@@ -183,6 +185,43 @@ async def test_a_worker_gets_acks_and_measures_its_work_without_a_violation(  # 
                 continue
         await anyio.sleep(0.3)
     assert "Violation" not in server.said()
+
+
+@pytest.mark.parametrize("user", ["", "collector", "signer", "gateway", "operator"])
+async def test_only_enrichers_say_which_containers_are_targets(server: Server, user: str) -> None:
+    """The collector hears the enricher's set, and nobody else's; a reader does not hear it at all."""
+    signals = Signals(node="n", filters=Filters(target_containers=["name:web*"]))
+
+    def targets(instance: str, container: str) -> bytes:
+        return selectors.encode_target_set(selectors.TargetSet("n", instance, {"name:web*": [container]}))
+
+    heard_by_reader: list[bytes] = []
+
+    async def read(bus: Bus) -> None:
+        async with aclosing(bus.tail(subjects.targets("n"))) as messages:
+            async for message in messages:
+                heard_by_reader.append(message.data)
+
+    async with (
+        server.bus("collector") as collector,  # type: ignore[attr-defined]
+        server.bus("enricher") as enricher,  # type: ignore[attr-defined]
+        server.bus(user) as other,  # type: ignore[attr-defined]
+        server.bus() as reader,  # type: ignore[attr-defined]
+        anyio.create_task_group() as tasks,
+    ):
+        selected = Selected(signals)
+        tasks.start_soon(selected.listen, collector)
+        tasks.start_soon(read, reader)
+        await anyio.sleep(0.2)
+        changed = selected.changed
+        await other.tell(subjects.targets("n"), targets("x", "b2" * 32))
+        await enricher.tell(subjects.targets("n"), targets("e", "a1" * 32))
+        with anyio.fail_after(5):
+            await changed.wait()
+        await anyio.sleep(0.2)
+        assert {"name:web*": ["a1" * 32]} == selected.containers()
+        assert [] == heard_by_reader
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_taken_port_is_told_with_the_way_out(server: Server) -> None:

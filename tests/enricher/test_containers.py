@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import anyio
 import anyio.abc
 import pytest
 
-from stella_enricher.containers import HOST, Container, ContainerResolver, elsewhere, unknown
-from stella_enricher.docker_api import DockerApi
+from stella_enricher.containers import HOST, Container, ContainerResolver, elsewhere, memory_bytes, unknown
+from stella_enricher.runtimes.asking import NOT_FOUND_TRIES, Asking
+from stella_enricher.runtimes.docker import DockerApi
+from stella_enricher.runtimes.facts import Runtime
 from stella_shared.config import Resources
 
 pytestmark = pytest.mark.anyio
@@ -39,20 +43,39 @@ class Engine:
         self.asked: list[str] = []
         self.status = "200 OK"
         self.delay_seconds = 0.0
+        self.knows = True
 
     async def serve(self, stream: anyio.abc.SocketStream) -> None:
         async with stream:
             try:
                 while True:
                     path = (await stream.receive()).split(b" ")[1].decode()
-                    self.asked.append(path)
+                    if path.startswith("/events"):
+                        await anyio.sleep_forever()
                     await anyio.sleep(self.delay_seconds)
-                    subject = path.split("/")[2]
-                    said: dict[str, object] = {"Id": subject, "Image": CONFIG, "Config": {"Image": "web:1"}}
+                    wanted = re.search(r"[0-9a-f]{64}", unquote(path))
+                    said: object = []
+                    if wanted is not None:
+                        self.asked.append(wanted[0])
+                        listed = [{"Id": wanted[0], "ImageID": CONFIG, "Image": "web:1"}]
+                        said = {} if path.startswith("/images/") else listed if self.knows else []
                     body = json.dumps(said).encode()
                     await stream.send(f"HTTP/1.1 {self.status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             except (anyio.EndOfStream, anyio.BrokenResourceError):
                 pass
+
+
+class Found:
+    """A finder that finds these runtimes at once."""
+
+    wanted = True
+
+    def __init__(self, *runtimes: Runtime) -> None:
+        self.runtimes = list(runtimes)
+
+    def look(self) -> list[Runtime]:
+        new, self.runtimes = self.runtimes, []
+        return new
 
 
 @asynccontextmanager
@@ -60,13 +83,21 @@ async def running(path: Path, resources: Resources = DEFAULTS) -> AsyncIterator[
     """Give an engine and a resolver that runs against it."""
     engine = Engine(path / "docker.sock")
     listener = await anyio.create_unix_listener(engine.path)
-    async with listener, DockerApi(str(engine.path), timeout_seconds=0.3) as docker:
-        resolver = ContainerResolver(resources, docker)
+    asking = Asking(
+        Found(DockerApi(str(engine.path), timeout_seconds=0.3)),  # type: ignore[arg-type]
+        max_bytes=memory_bytes(resources),
+        ttl_seconds=resources.container_cache_ttl_seconds,
+    )
+    async with listener, anyio.create_task_group() as servers:
+        servers.start_soon(listener.serve, engine.serve)
+        resolver = ContainerResolver(resources, asking)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listener.serve, engine.serve)
             tasks.start_soon(resolver.run)
             yield engine, resolver
             tasks.cancel_scope.cancel()
+        # Let the streams see their clients' end first: anyio's UNIX streams do not like both at once.
+        await anyio.sleep(0.02)
+        servers.cancel_scope.cancel()
 
 
 def make(path: str) -> tuple[int, str]:
@@ -103,10 +134,8 @@ def test_host_and_unknown_are_told_apart() -> None:
     assert Container(f"unknown:{step[0]}", "build_step") == resolver.lookup(*step)
     assert unknown(7, "cgroup_not_named") == resolver.lookup(7, None)
     assert unknown(0, "no_cgroup") == resolver.lookup(0, None)
-    stats = resolver.stats()
-    assert (1, 1, 1) == tuple(
-        stats[f"unknown{{reason={reason}}}"] for reason in ("build_step", "cgroup_not_named", "no_cgroup")
-    )
+    stats = resolver.stats()["containers"]
+    assert {"build_step": 1, "cgroup_not_named": 1, "no_cgroup": 1} == stats["reasons"]
     assert (0, 5, 3) == (stats["hits"], stats["misses"], stats["entries"])
     assert HOST == resolver.lookup(7, "/"), "a name that comes later is believed"
 
@@ -119,7 +148,8 @@ def test_another_nodes_container_has_its_name_and_no_image() -> None:
 
 def test_a_users_own_container_is_not_asked_about(tmp_path: Path) -> None:
     """A name in a user's subtree is never given the image that the system's engine knows under that id."""
-    resolver = ContainerResolver(Resources(), DockerApi(str(tmp_path / "none")))
+    asking = Asking(Found(DockerApi(str(tmp_path / "none"))), max_bytes=1 << 20, ttl_seconds=1.0)  # type: ignore[arg-type]
+    resolver = ContainerResolver(Resources(), asking)
     found = resolver.lookup(*make(f"user@7.service/docker-{A}.scope"))
     assert (f"docker://{A}", "rootless_runtime") == (found.container_id, found.image_reason)
 
@@ -131,8 +161,9 @@ def test_the_cache_is_bounded_and_keeps_what_is_in_use() -> None:
     for cgroup_id in range(1 << 40, (1 << 40) + 2000):
         assert f"docker://{A}" == resolver.lookup(*in_use).container_id
         resolver.lookup(cgroup_id, "/other")
-    stats = resolver.stats()
-    assert stats["max_entries"] >= stats["entries"]
+    stats = resolver.stats()["containers"]
+    assert stats["max_bytes"] >= stats["bytes"] > 0
+    assert 2001 > stats["entries"]
     assert 2001 == stats["misses"]
 
 
@@ -146,7 +177,7 @@ async def test_a_new_containers_first_batch_has_its_digest(tmp_path: Path) -> No
         expected = Container(f"docker://{A}", "", "parent", CONFIG, "config", "web:1")
         assert expected == resolver.lookup(*outer)
         assert expected == resolver.lookup(*nested)
-        assert [f"/containers/{A}/json", f"/images/{CONFIG}/json"] == engine.asked
+        assert [A, CONFIG.removeprefix("sha256:")] == engine.asked
 
 
 async def test_a_hanging_runtime_delays_one_batch_by_20_ms(tmp_path: Path) -> None:
@@ -168,7 +199,7 @@ async def test_a_hanging_runtime_delays_one_batch_by_20_ms(tmp_path: Path) -> No
 
 async def test_a_runtime_that_recovers_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed question is put again later, and the cached container gets its digest."""
-    monkeypatch.setattr("stella_enricher.containers._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("stella_enricher.runtimes.asking.RETRY_SECONDS", 0.1)
     async with running(tmp_path) as (engine, resolver):
         engine.status = "500 no"
         cgroup_id = make(f"docker/{A}")
@@ -183,15 +214,17 @@ async def test_a_runtime_that_recovers_is_asked_again(tmp_path: Path, monkeypatc
         assert CONFIG == resolver.lookup(*nested).image_digest
 
 
-async def test_a_container_the_runtime_does_not_know_is_asked_about_once(tmp_path: Path) -> None:
-    """404 is an answer: it is kept, and the socket counts as well."""
+async def test_a_container_the_runtime_does_not_know_is_asked_about_a_few_times(tmp_path: Path) -> None:
+    """404 may come before the runtime knows what it has started; then it is an answer, which is kept."""
     async with running(tmp_path) as (engine, resolver):
-        engine.status = "404 Not Found"
+        engine.knows = False
         cgroup_id = make(f"docker/{A}")
         await resolver.settle(dict([cgroup_id]), timeout_seconds=2.0)
-        await resolver.settle(dict([cgroup_id]), timeout_seconds=2.0)
-        assert "container_not_found" == resolver.lookup(*cgroup_id).image_reason
-        assert [f"/containers/{A}/json"] == engine.asked
+        assert "not_known_yet" == resolver.lookup(*cgroup_id).image_reason
+        with anyio.fail_after(5):
+            while "container_not_found" != resolver.lookup(*cgroup_id).image_reason:
+                await anyio.sleep(0.01)
+        assert [A] * NOT_FOUND_TRIES == engine.asked
 
 
 async def test_the_ttl_forgets_containers_and_their_images(tmp_path: Path) -> None:
@@ -199,7 +232,7 @@ async def test_the_ttl_forgets_containers_and_their_images(tmp_path: Path) -> No
     resources = Resources(container_cache_ttl_seconds=1)
     async with running(tmp_path, resources) as (_, resolver):
         await resolver.settle(dict([make(f"docker/{A}")]), timeout_seconds=2.0)
-        assert 1 == resolver.stats()["images"]
+        assert 1 == resolver.stats()["images"]["entries"]
         with anyio.fail_after(30):
-            while resolver.stats()["images"] or resolver.stats()["entries"]:
+            while any(resolver.stats()[memory]["entries"] for memory in ("images", "containers")):
                 await anyio.sleep(0.05)

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
-import signal
-import subprocess
-import tarfile
-import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,100 +12,17 @@ from pathlib import Path
 import anyio
 import pytest
 
+from stella_enricher.container_names import ContainerName
 from stella_enricher.containers import ContainerResolver
-from stella_enricher.docker_api import DockerApi
+from stella_enricher.runtimes.asking import Asking
+from stella_enricher.runtimes.finding import SocketFinder
+from stella_enricher.selection import Selection
+from stella_shared import selectors
 from stella_shared.config import Resources
+from tests.enricher.cgroup_kit import mounts
+from tests.enricher.docker_kit import NAME, Engine, engine_with_image, only, why_no_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.anyio]
-
-NAME = "stella-test:1"
-
-
-def why_no_engine() -> str:
-    """Return what this machine lacks for an engine of our own, or ""."""
-    if os.geteuid() != 0:
-        return "a Docker Engine needs root"
-    if not mounts("cgroup2"):
-        return "no cgroup2 is mounted"
-    missing = [program for program in ("dockerd", "docker", "busybox") if shutil.which(program) is None]
-    if missing:
-        return (
-            f"not installed: {', '.join(missing)} (apt-get install -y --no-install-recommends docker.io busybox-static)"
-        )
-    return ""
-
-
-def mounts(*kinds: str) -> list[Path]:
-    """Return where file systems of these types are mounted."""
-    rows = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return [Path(fields.split()[4]) for fields, kind in rows if kind.split()[0] in kinds]
-
-
-class Engine:
-    """A running engine: its socket, and `docker` against it."""
-
-    def __init__(self, socket: Path) -> None:
-        self.socket = socket
-
-    def docker(self, *arguments: str, given: bytes = b"") -> str:
-        """Run one docker command and return what it printed."""
-        done = subprocess.run(
-            ["docker", "--host", f"unix://{self.socket}", *arguments],
-            input=given,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        assert (0, b"") == (done.returncode, done.stderr), done.stderr.decode()
-        return done.stdout.decode().strip()
-
-    def start_container(self, *options: str) -> tuple[str, tuple[int, str]]:
-        """Start a container that sleeps; return its id and its cgroup."""
-        container_id = self.docker("run", "-d", "--network", "none", *options, NAME)
-        return container_id, self.cgroup(container_id)
-
-    def cgroup(self, container_id: str) -> tuple[int, str]:
-        """Return cgroup id and path of a container's first process, read off the kernel."""
-        pid = self.docker("inspect", "-f", "{{.State.Pid}}", container_id)
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-        path = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
-        return Path(f"{mounts('cgroup2')[0]}{path}").stat().st_ino, path
-
-
-def image_tar() -> bytes:
-    """Return a root file system with a static busybox and nothing else."""
-    busybox = Path(shutil.which("busybox") or "").resolve()
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
-        tar.add(busybox, "bin/busybox")
-    return packed.getvalue()
-
-
-@contextlib.contextmanager
-def started_engine(folder: Path) -> Iterator[Engine]:
-    """Run dockerd on folders and a socket of its own; it touches no network and no other engine."""
-    socket, log = folder / "docker.sock", folder / "dockerd.log"
-    command = [
-        *("dockerd", "--host", f"unix://{socket}", "--pidfile", str(folder / "docker.pid")),
-        *("--data-root", str(folder / "data"), "--exec-root", str(folder / "run")),
-        *("--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"),
-        *("--storage-driver", "vfs"),
-    ]
-    ask = ["docker", "--host", f"unix://{socket}", "version"]
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        deadline = time.monotonic() + 20
-        while process.poll() is None and subprocess.run(ask, capture_output=True, check=False).returncode:
-            if time.monotonic() > deadline:
-                process.kill()
-                process.wait()
-            time.sleep(0.05)
-        if process.poll() is not None:
-            pytest.fail(f"dockerd did not start:\n{log.read_text()[-3000:]}")
-        try:
-            yield Engine(socket)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -120,27 +31,8 @@ def engine() -> Iterator[Engine]:
     reason = why_no_engine()
     if reason:
         pytest.skip(f"containers of a real engine are not tested: {reason}")
-    control = mounts("cgroup2")[0] / "cgroup.subtree_control"
-    control_before = control.read_text()
-    parents = [point / "docker" for point in mounts("cgroup", "cgroup2")]
-    ours = [parent for parent in parents if not parent.exists()]
-    with (
-        tempfile.TemporaryDirectory(prefix="stella-engine-") as folder,
-        started_engine(Path(folder)) as engine,
-    ):
-        try:
-            change = 'CMD ["/bin/busybox", "sleep", "300"]'
-            engine.docker("import", "--change", change, "-", NAME, given=image_tar())
-            yield engine
-        finally:
-            left = engine.docker("ps", "-aq").split()
-            if left:
-                engine.docker("rm", "-f", *left)
-    for parent in ours:
-        if parent.exists():
-            parent.rmdir()
-    for controller in set(control.read_text().split()) - set(control_before.split()):
-        control.write_text(f"-{controller}")
+    with engine_with_image() as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -148,15 +40,22 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+def make_asking(engine: Engine, *targets: str) -> Asking:
+    """Return what asks the engine."""
+    sockets = only(engine)
+    selection = Selection(selectors.selectors(targets))
+    finder = SocketFinder(sockets)
+    return Asking(finder, labels=sockets.labels, selection=selection, max_bytes=1 << 20, ttl_seconds=300.0)
+
+
 @asynccontextmanager
 async def resolving(engine: Engine) -> AsyncIterator[ContainerResolver]:
     """Give a resolver that runs against the engine."""
-    async with DockerApi(str(engine.socket)) as docker:
-        resolver = ContainerResolver(Resources(), docker)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(resolver.run)
-            yield resolver
-            tasks.cancel_scope.cancel()
+    resolver = ContainerResolver(Resources(), make_asking(engine))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(resolver.run)
+        yield resolver
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_real_container_and_its_image_are_named(engine: Engine) -> None:
@@ -206,6 +105,70 @@ async def test_a_cgroup_parent_of_the_users_choice_is_understood(engine: Engine)
         assert (f"docker://{container_id}", "assumed") == (found.container_id, found.id_basis)
         assert found.image_digest.startswith("sha256:")
         engine.docker("rm", "-f", container_id)
-    for point in mounts("cgroup", "cgroup2"):
+    for mount in mounts():
         with contextlib.suppress(FileNotFoundError):
-            (point / parent).rmdir()
+            Path(mount.point, parent).rmdir()
+
+
+async def test_a_container_is_known_when_it_is_created_and_selected_until_it_is_removed(engine: Engine) -> None:
+    """The stream of events brings image, name and labels before the container has started."""
+    targets = ("name:we?", f"image:{NAME}", "label:test.team=w*", "label:test.team")
+    asking = make_asking(engine, *targets)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(asking.run)
+        with anyio.fail_after(10):
+            while not asking.ready:
+                await anyio.sleep(0.01)
+        await anyio.sleep(0.2)
+        made = engine.docker(
+            "create", "--network", "none", "--name", "web", "--label", "test.team=web", "--label", "x=y", NAME
+        )
+        with anyio.fail_after(5):
+            while any(made not in ids for ids in asking.selection.sets().values()):
+                await anyio.sleep(0.01)
+        facts = asking.facts(ContainerName("docker", made, "parent"))
+        assert (engine.docker("image", "inspect", "-f", "{{.Id}}", NAME), "config") == (facts.digest, facts.digest_kind)
+        assert ("web", (("test.team", "web"),), "docker") == (facts.name, facts.labels, facts.runtime)
+        assert 0 == asking.stats()["misses"]
+
+        engine.docker("rename", "web", "db")
+        with anyio.fail_after(5):
+            while asking.selection.sets()["name:we?"]:
+                await anyio.sleep(0.01)
+        assert [made] == asking.selection.sets()["label:test.team"]
+        engine.docker("rm", "-f", made)
+        with anyio.fail_after(5):
+            while any(made in ids for ids in asking.selection.sets().values()):
+                await anyio.sleep(0.01)
+        (status,) = asking.status()
+        assert ("docker", "ok", True, {}) == (
+            status["runtime"],
+            status["state"],
+            status["streaming"],
+            status["failures"],
+        )
+        tasks.cancel_scope.cancel()
+
+
+async def test_an_engine_that_restarts_is_followed_again(engine: Engine) -> None:
+    """What is asked while it is away has a reason; afterwards its list brings what came meanwhile."""
+    asking = make_asking(engine, "label:test.team=web")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(asking.run)
+        with anyio.fail_after(10):
+            while not asking.ready:
+                await anyio.sleep(0.01)
+        engine.stop()
+        name = ContainerName("docker", "e5" * 32, "parent")
+        with anyio.fail_after(5):
+            while asking.facts(name).reason == "pending":
+                await anyio.sleep(0.01)
+        assert "no_runtime_socket" == asking.facts(name).reason
+        assert "waiting" == asking.status()[0]["state"]
+        engine.start()
+        made = engine.docker("create", "--network", "none", "--label", "test.team=web", NAME)
+        with anyio.fail_after(15):
+            while asking.selection.sets()["label:test.team=web"] != [made]:
+                await anyio.sleep(0.05)
+        engine.docker("rm", made)
+        tasks.cancel_scope.cancel()

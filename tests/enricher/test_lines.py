@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from stella_enricher.containers import HOST, Container, unknown
 from stella_enricher.lines import FRAGMENTS_MAX, CLines, Enriched, Lines, PythonLines, all_lost
 from stella_enricher.redaction import Redactor
+from stella_enricher.runtimes.facts import Pod
 from stella_shared import events
 from stella_shared.errors import BrokenPromise
 from stella_shared.patterns import PathFilter
@@ -34,6 +35,16 @@ CONTAINERS = {
     5: Container("cri-o://" + "b2" * 32, image_digest=DIGEST),
     6: unknown(6, "gone"),
     7: Container(ID, image_reason="pending"),
+    8: Container(
+        "containerd://" + "b2" * 32,
+        image_digest=DIGEST,
+        image_digest_kind="config",
+        image_name='registry.test/"web":1',
+        image_repo_digests=(f"a@{DIGEST}", f"b@{DIGEST}"),
+        labels=(("a.b", "1"), ("app", "naïve\n")),
+        pod=Pod("team-a", "web-0", "web"),
+    ),
+    9: Container("cri-o://" + "b2" * 32, image_reason="pod_sandbox", pod=Pod("team-a", "web-0")),
 }
 ALL = PathFilter([], [])
 MAKERS = [CLines, PythonLines]
@@ -82,13 +93,24 @@ def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container:
             exe_reason=program.reason or None,
             image_digest=container.image_digest or None,
             image_digest_kind=container.image_digest_kind or None,  # type: ignore[arg-type]
+            image_name=container.image_name or None,
             image_reason=None if container.image_digest else container.image_reason or None,
+            image_repo_digests=list(container.image_repo_digests) or None,
+            pod=pod_of(container.pod),
+            labels=dict(container.labels) or None,
             pid=None if nobody else r.tgid,
             start_ns=None if nobody else r.start_ns or None,
             tid=None if nobody else r.tid,
             uid=None if nobody else r.uid,
         )
     )
+
+
+def pod_of(pod: Pod | None) -> events.Pod | None:
+    """Return a pod as lines say it."""
+    if pod is None:
+        return None
+    return events.Pod(namespace=pod.namespace, name=pod.name, container=pod.container or None)
 
 
 def redacted(event: events.Event) -> events.Event:
@@ -119,7 +141,7 @@ def of(enriched: Enriched) -> dict[str, list[bytes]]:
 
 
 LINES = st.tuples(
-    ANYTHING, COMMS, U64, st.one_of(st.integers(1, 8), U64), st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1), U32,
+    ANYTHING, COMMS, U64, st.one_of(st.integers(1, 10), U64), st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1), U32,
     st.integers(0, 9), U64, st.one_of(st.sampled_from([0, 1, 77, 78, 79]), U64),
 )  # fmt: skip
 

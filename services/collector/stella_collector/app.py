@@ -28,11 +28,13 @@ from stella_collector.libbpf import Libbpf
 from stella_collector.naming import Namer
 from stella_collector.ring import Drained
 from stella_collector.runs import Runs
+from stella_collector.selected import Selected
 from stella_collector.spool import Spool
 from stella_shared import VERSION, clock, config, events, lifecycle, metrics, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import StellaError
+from stella_shared.selectors import STALE_SECONDS
 from stella_shared.wire import RAW_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Collector:
         self._coverage = b""
         self._coverage_due = 0.0
         self._targets: list[targets.Target] = []
+        self.selected = Selected(signals)
         self._held: Ledger | None = None
         self._missed = 0
         self._missed_at = 0.0
@@ -246,7 +249,8 @@ class Collector:
         binaries = self.kernel.binaries
         scan_due = 0.0
         while True:
-            await anyio.sleep(TARGETS_SECONDS)
+            with anyio.move_on_after(TARGETS_SECONDS):
+                await self.selected.changed.wait()
             self.kernel.tell_limits()
             wanted = targets.any_wanted(self.signals)
             moved = self.look_for_targets() if wanted else False
@@ -290,6 +294,7 @@ class Collector:
             self.config_state = {**self.config_state, "refused": str(e), "refused_sha256": asked}
             return
         self.signals = signals
+        self.selected.ask(signals)
         self._fixed["config_sha256"] = asked
         self.config_state = {"sha256": asked}
         logging.getLogger().setLevel(signals.logging.level.upper())
@@ -299,7 +304,10 @@ class Collector:
 
     def look_for_targets(self) -> bool:
         """Resolve the targets anew; return whether that changed anything."""
-        found = targets.resolve(self.signals)
+        # Named first: a cgroup that is made between the two is seen by the kernel.
+        selected = self.selected.containers()
+        self.kernel.name_targets(selected)
+        found = targets.resolve(self.signals, selected)
         changed = self.kernel.set_targets(found) or found != self._targets
         self._targets = found
         return changed
@@ -328,6 +336,8 @@ class Collector:
             state, reason = "failed", "no probe is attached"
         elif [s for s in missing if s.kernel and not s.reason.startswith("no libssl")]:
             state, reason = "degraded", "; ".join(f"{s.name}: {s.reason}" for s in missing)
+        elif self.selected.wanted and not self.selected.heard and time.time() - self.started_at > STALE_SECONDS:
+            state, reason = "degraded", "no enricher says which containers the selectors match"
         dropped = {f"stellaops_signals_drops_total{{cause={c}}}": float(n) for c, n in self.lost.items()}
         filtered = {f"stellaops_signals_filtered_total{{cause={c}}}": float(n) for c, n in self.filtered.items()}
         attached = {
@@ -374,7 +384,10 @@ class Collector:
                 "names": {**self.namer.stats(), "missing": self.namer.missing},
                 "lost": self.lost,
                 "filtered": self.filtered,
-                "targets": [{"asked": t.asked, "id": t.id} for t in self._targets],
+                "targets": [
+                    {"asked": t.asked, "id": t.id} | ({"container": t.container} if t.container else {})
+                    for t in self._targets
+                ],
                 "probes": [
                     {
                         "name": s.name,
@@ -408,6 +421,7 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
             drained = anyio.Event()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(collector.spool.run)
+                tasks.start_soon(collector.selected.listen, bus)
                 tasks.start_soon(collector.watch_surroundings)
                 tasks.start_soon(collector.heed_notices)
                 tasks.start_soon(collector.heed_reloads, path)

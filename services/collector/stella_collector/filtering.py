@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 from stella_collector import targets
@@ -18,6 +19,7 @@ from stella_shared.patterns import compile_paths
 
 #: struct stella_config.
 CONFIG: Final = struct.Struct("<6I2Q2I")
+TARGET_NAMES: Final = "stella_target_names"
 WINDOWS_PER_SECOND: Final = 10
 PATH_KEY_BYTES: Final = 252
 _TYPES: Final = {name: number for number, name in TYPE_NAMES.items()}
@@ -29,17 +31,21 @@ class Filtering:
     def __init__(self, obj: Object) -> None:
         self._object = obj
         self._written: dict[str, set[bytes]] = {}
+        #: Names of target containers: those of the configuration, and those that its selectors match now.
+        self._asked: set[bytes] = set()
+        self._selected: set[bytes] = set()
 
     def apply(self, signals: Signals, *, scoped: bool) -> None:
         """Make the programs record by this configuration.  `scoped`: targets alone are recorded."""
         paths = compile_paths(signals.filters.paths.allowlist, signals.filters.paths.denylist, PATH_KEY_BYTES)
         networks = signals.filters.networks
+        self._asked = targets.name_keys(signals.filters.target_containers)
         wanted = {
             "path_allow": set() if paths.allow_all else {_path_key(prefix) for prefix in paths.allow_prefixes},
             "path_deny": {_path_key(prefix) for prefix in paths.deny_prefixes},
             "network_allow": {_address_key(network) for network in networks.allowlist},
             "network_deny": {_address_key(network) for network in networks.denylist},
-            "stella_target_names": {targets.name_key(asked) for asked in signals.filters.target_containers},
+            TARGET_NAMES: self._asked | self._selected,
         }
         for name, keys in wanted.items():
             for key in keys - self._written.get(name, set()):
@@ -61,6 +67,16 @@ class Filtering:
             for key in self._written.get(name, set()) - keys:
                 self._object.delete(name, key)
         self._written = wanted
+
+    def name(self, containers: Iterable[str]) -> None:
+        """Have the cgroups of these containers, which selectors match, watched from when they are made."""
+        self._selected = targets.name_keys(containers)
+        wanted, written = self._asked | self._selected, self._written[TARGET_NAMES]
+        for key in wanted - written:
+            self._object.update(TARGET_NAMES, key, b"\1")
+        for key in written - wanted:
+            self._object.delete(TARGET_NAMES, key)
+        self._written[TARGET_NAMES] = wanted
 
 
 def _per_window(per_second: int) -> int:

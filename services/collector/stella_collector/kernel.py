@@ -20,7 +20,7 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -451,6 +451,10 @@ class Kernel:
     def target_ids(self) -> set[int]:
         """The numbers of the targets that are there now."""
         return self._targets
+
+    def name_targets(self, selected: Mapping[str, list[str]]) -> None:
+        """Tell the programs which containers selectors match: their cgroups are watched from when they are made."""
+        self._filtering.name(container for ids in selected.values() for container in ids)
 
     # ---- names
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,21 +15,29 @@ import msgspec
 
 from stella_shared.config import Signals
 from stella_shared.errors import ConfigError, NotFound
+from stella_shared.selectors import is_selector
 
 #: Deeper cgroups than this cannot be targets (MAX_CGROUP_DEPTH of the programs).
 MAX_LEVEL: Final = 11
 #: STELLA_CGROUP_V1: ids of the cgroup v1 hierarchy have it added, for their numbers may be those of a v2 cgroup.
 CGROUP_V1: Final = 1 << 62
+#: Hex digits that an id has at the least, and where in a cgroup's name one may begin.
+MIN_ID: Final = 12
+_ID_STARTS = re.compile(rf"(?:^|[-/])(?=([0-9a-f]{{{MIN_ID}}}))")
 _CONTAINER_ID = re.compile(r"^(?:[a-z-]+://)?([0-9a-f]{12,64})$")
 _NAMESPACE = re.compile(r"^(pid|mnt|net):\[(\d+)\]$")
 
 
-class Target(msgspec.Struct, frozen=True):
-    """A target: what was asked for, and the number it has now (0: not there).  Level -1 is a namespace."""
+class Target(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A target: what was asked for, and the number it has now (0: not there).  Level -1 is a namespace.
+
+    `container` is the container that a selector matches, 64 hex.
+    """
 
     asked: str
     id: int
     level: int
+    container: str = ""
 
 
 def any_wanted(signals: Signals) -> bool:
@@ -71,8 +79,11 @@ def v1_hierarchy() -> int:
     return 0
 
 
-def resolve(signals: Signals) -> list[Target]:
-    """Find every target of the configuration.  Raises `ConfigError` for one that can never be found."""
+def resolve(signals: Signals, selected: Mapping[str, list[str]] | None = None) -> list[Target]:
+    """Find every target of the configuration.  Raises `ConfigError` for one that can never be found.
+
+    `selected` says which containers each selector matches.
+    """
     filters = signals.filters
     if not any_wanted(signals):
         return []
@@ -81,15 +92,7 @@ def resolve(signals: Signals) -> list[Target]:
     for asked in filters.target_cgroups:
         found += [next((t for h in mounted if (t := _cgroup(asked, h)).id), _cgroup(asked, mounted[0]))]
     if filters.target_containers:
-        wanted = {asked: container_id(asked) for asked in filters.target_containers}
-        hits = dict.fromkeys(wanted, False)
-        for hierarchy in mounted:
-            for path, level in _walk(hierarchy.root):
-                for asked, prefix in wanted.items():
-                    if re.search(rf"(?:^|[-/]){prefix}", path.name) and (number := _inode(path)):
-                        found.append(Target(asked, number | hierarchy.flag, level))
-                        hits[asked] = True
-        found += [Target(asked, 0, 0) for asked, hit in hits.items() if not hit]
+        found += _containers(mounted, filters.target_containers, selected or {})
     for asked in filters.target_namespaces:
         match = _NAMESPACE.match(asked)
         if not match:
@@ -99,6 +102,31 @@ def resolve(signals: Signals) -> list[Target]:
             )
         found.append(Target(asked, int(match[2]), -1))
     return found
+
+
+def _containers(mounted: list[Hierarchy], targets: Iterable[str], selected: Mapping[str, list[str]]) -> list[Target]:
+    """Find the cgroups of containers: those asked for by id, and those that selectors match."""
+    wanted: list[tuple[str, str, str]] = []
+    for asked in targets:
+        if is_selector(asked):
+            wanted += [(asked, full, full) for full in selected.get(asked, [])] or [(asked, "", "")]
+        else:
+            wanted.append((asked, container_id(asked), ""))
+    found: list[Target] = []
+    by_prefix: dict[str, list[int]] = {}
+    for index, (_, prefix, _) in enumerate(wanted):
+        if prefix:
+            by_prefix.setdefault(prefix[:MIN_ID], []).append(index)
+    hits: set[int] = set()
+    for hierarchy in mounted if by_prefix else ():
+        for path, level in _walk(hierarchy.root):
+            for start in _ID_STARTS.finditer(path.name):
+                for index in by_prefix.get(start[1], ()):
+                    asked, prefix, full = wanted[index]
+                    if path.name.startswith(prefix, start.start(1)) and (number := _inode(path)):
+                        found.append(Target(asked, number | hierarchy.flag, level, full))
+                        hits.add(index)
+    return found + [Target(asked, 0, 0, full) for i, (asked, _, full) in enumerate(wanted) if i not in hits]
 
 
 def _cgroup(asked: str, hierarchy: Hierarchy) -> Target:
@@ -119,9 +147,12 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def name_key(asked: str) -> bytes:
-    """Return the key by which the kernel knows a target container when its cgroup is made: 12 digits of its id."""
-    return container_id(asked)[:12].encode() + bytes(4)
+def name_keys(targets: Iterable[str]) -> set[bytes]:
+    """Return the keys by which the kernel knows target containers when their cgroups are made: 12 digits of each id.
+
+    Selectors have none: the containers that they match have.
+    """
+    return {container_id(asked)[:12].encode() + bytes(4) for asked in targets if not is_selector(asked)}
 
 
 def container_id(asked: str) -> str:

@@ -21,16 +21,18 @@ from typing import Final
 import anyio
 import msgspec
 
-from stella_enricher.containers import Container, ContainerResolver, elsewhere
-from stella_enricher.docker_api import DockerApi
+from stella_enricher.containers import Container, ContainerResolver, elsewhere, memory_bytes
 from stella_enricher.frames import FrameNamer
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
 from stella_enricher.redaction import Redactor
+from stella_enricher.runtimes.asking import Asking
+from stella_enricher.runtimes.finding import SocketFinder
+from stella_enricher.selection import Selection
 from stella_enricher.symbols import debuginfod
 from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
-from stella_shared import VERSION, clock, events, lifecycle, metrics, subjects
+from stella_shared import VERSION, clock, events, lifecycle, metrics, selectors, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
@@ -55,13 +57,21 @@ class Enricher:
     """One member of the pool."""
 
     def __init__(
-        self, signals: Signals, instance: str, bus: Bus, resolver: ContainerResolver, frames: FrameNamer
+        self,
+        signals: Signals,
+        instance: str,
+        bus: Bus,
+        resolver: ContainerResolver,
+        frames: FrameNamer,
+        *,
+        asking: Asking | None = None,
     ) -> None:
         self.bus = bus
         self.instance = instance
         self.node = node_name(signals)
         self.boot_id = clock.boot_id()
         self.resolver = resolver
+        self.asking = asking
         self.frames = frames
         redaction = signals.redaction
         self.redactor = Redactor(redaction.patterns, redaction.keep, enabled=redaction.enabled)
@@ -214,9 +224,40 @@ class Enricher:
                     log.warning("the signer is %d bytes behind: %s", lag, "waiting" if self.held_back else "going on")
             await anyio.sleep(LAG_CHECK_SECONDS)
 
+    async def tell_targets(self) -> None:
+        """Say which containers the selectors match: at once when that changes, and once a second."""
+        if self.asking is None or not self.asking.selection.wanted:
+            return
+        selection = self.asking.selection
+        while True:
+            version = selection.version
+            if self.asking.ready:
+                found = selectors.TargetSet(self.node, self.instance, selection.sets(), selection.truncated)
+                await self.bus.tell(subjects.targets(self.node), selectors.encode_target_set(found))
+            with anyio.move_on_after(selectors.PUBLISH_SECONDS):
+                while selection.version == version:
+                    await selection.changed.wait()
+
+    def caches(self) -> dict[str, dict[str, object]]:
+        """Return what each memory holds, for `stella signals cache-stats`."""
+        found = self.resolver.stats()
+        symbols = self.frames.stats()
+        if symbols:
+            kept = ("entries", "max_entries", "hits", "misses")
+            found["symbols"] = {name: symbols[name] for name in kept}
+            found["symbol_tables"] = {
+                "entries": symbols["tables"],
+                "bytes": symbols["table_bytes"],
+                "max_bytes": symbols["max_table_bytes"],
+                "reasons": {"no_table": symbols["without_table"]} if symbols["without_table"] else {},
+            }
+        return found
+
     def beat(self) -> Beat:
         """Return this service's heartbeat."""
         containers = self.resolver.stats()
+        reasons = containers["containers"]["reasons"]
+        assert isinstance(reasons, dict)
         state, reason = "ok", ""
         if self.held_back:
             state, reason = "degraded", "waiting for the signer, which is far behind"
@@ -241,9 +282,8 @@ class Enricher:
                     for cause, n in self.redactor.counts.items()
                 },
                 **{
-                    f"stellaops_signals_containers_unknown_total{name.removeprefix('unknown')}": float(n)
-                    for name, n in containers.items()
-                    if name.startswith("unknown{")
+                    metrics.key(metrics.CONTAINERS_UNKNOWN_TOTAL, reason=reason): float(n)
+                    for reason, n in reasons.items()
                 },
             },
             histograms={
@@ -255,9 +295,9 @@ class Enricher:
                 "events": self.events,
                 "poisoned": self.poisoned,
                 "in_flight": self.in_flight,
-                "containers": containers,
-                "symbols": (symbols := self.frames.stats()),
-                "caches": {"containers": containers.get("entries", 0), "symbols": symbols.get("entries", 0)},
+                "runtimes": self.asking.status() if self.asking is not None else [],
+                "symbols": self.frames.stats(),
+                "caches": self.caches(),
                 "redaction": {"rules": self.redactor.version, "arguments": dict(self.redactor.counts)},
             },
         )
@@ -296,15 +336,26 @@ def _symbols(signals: Signals) -> Resolver | None:
     )
 
 
+def _asking(signals: Signals) -> Asking | None:
+    """Return what asks the container runtimes, None when none is to be asked."""
+    finder = SocketFinder(signals.runtimes)
+    if not finder.wanted:
+        return None
+    return Asking(
+        finder,
+        labels=signals.runtimes.labels,
+        selection=Selection(selectors.selectors(signals.filters.target_containers)),
+        max_bytes=memory_bytes(signals.resources),
+        ttl_seconds=signals.resources.container_cache_ttl_seconds,
+    )
+
+
 async def serve(signals: Signals, instance: str) -> None:
     """Run an enricher until it is told to stop."""
     instance = instance or f"{node_name(signals)}-{os.getpid()}"
     user, password = bus_user(signals, "enricher")
     async with contextlib.AsyncExitStack() as stack:
         stop = stack.enter_context(lifecycle.stop_event())
-        docker = None
-        if signals.runtimes.docker_socket:
-            docker = await stack.enter_async_context(DockerApi(signals.runtimes.docker_socket))
         bus = await stack.enter_async_context(
             Bus.connect(bus_url(signals), name=instance, user=user, password=password)
         )
@@ -318,11 +369,14 @@ async def serve(signals: Signals, instance: str) -> None:
             )
         )
         frames = stack.enter_context(FrameNamer(_symbols(signals)))
-        enricher = Enricher(signals, instance, bus, ContainerResolver(signals.resources, docker), frames)
+        asking = _asking(signals)
+        resolver = ContainerResolver(signals.resources, asking)
+        enricher = Enricher(signals, instance, bus, resolver, frames, asking=asking)
         done = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(enricher.resolver.run)
             tasks.start_soon(enricher.watch_lag)
+            tasks.start_soon(enricher.tell_targets)
             tasks.start_soon(lifecycle.beating, bus, enricher.beat, done)
             with anyio.move_on_after(float("inf")) as scope:
                 tasks.start_soon(_deadline, stop, scope)

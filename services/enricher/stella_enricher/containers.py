@@ -1,20 +1,17 @@
 """Cgroup path → container and image.  `lookup` answers at once, from memory; the rest happens beside it.
 
-    lookup ──miss──▶ container_name of the path (runtime, id) ──▶ cache
+    lookup ──miss──▶ container_name of the path (runtime, id) ──▶ memory
                                               │
-    run():  once a second forget, ask again   ├──▶ queue ──▶ DockerApi (image) ──▶ cache
-    settle(): wait ≤ 20 ms for images         ┘
+                                              └──▶ Asking (image, labels, pod) ──▶ memory
+    settle(): wait ≤ 20 ms for what the runtimes say
 
 The path comes with the batch: the kernel wrote it down with the event, so it is there when the container is gone.
-
-The cache is two dicts: an entry that is used moves to the young one, and what is still in the old one when
-they change places is forgotten.  Nothing here is saved: a fresh process finds it all out again.
+Nothing here is saved: a fresh process finds it all out again.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -22,19 +19,23 @@ import anyio
 import msgspec
 
 from stella_enricher.container_names import ContainerName, container_name, is_users_own, why_not_host
-from stella_enricher.docker_api import DockerApi, Image
+from stella_enricher.remembering import Memory, text_bytes
+from stella_enricher.runtimes.asking import Asking
+from stella_enricher.runtimes.facts import FINAL_REASONS, Facts, Pod
 from stella_shared.config import Resources
 
-#: The containers' share of `max_cache_memory_mb`, and what an entry takes with its strings, amply reckoned.
-_MEMORY_SHARE: Final = 0.25
-_ENTRY_BYTES: Final = 2048
-_FEWEST_ENTRIES: Final = 256
-_MOST_ENTRIES: Final = 65536
+#: The share of `max_cache_memory_mb` that cgroups' containers have; what runtimes say of them has as much.
+MEMORY_SHARE: Final = 0.125
 _TICK_SECONDS: Final = 1.0
-_RETRY_SECONDS: Final = 5.0
-_CALLS_AT_ONCE: Final = 4
-#: The runtime has spoken: these reasons are not asked about again.
-_FINAL_IMAGE_REASONS: Final = frozenset({"", "container_not_found", "not_a_container_id"})
+#: A `Container` without the content of its strings.
+_CONTAINER_BYTES: Final = 200
+#: Reasons that another look at the runtimes cannot change.
+_FINAL_IMAGE_REASONS: Final = FINAL_REASONS | {"rootless_runtime"}
+
+
+def memory_bytes(resources: Resources) -> int:
+    """Return the bound of each of the containers' two memories."""
+    return int(resources.max_cache_memory_mb * (1 << 20) * MEMORY_SHARE)
 
 
 class Container(msgspec.Struct, frozen=True):
@@ -42,8 +43,9 @@ class Container(msgspec.Struct, frozen=True):
 
     `container_id` is `<runtime>://<64 hex>`, or "" with reason `host` for a process of the node itself, or
     `unknown:<cgroup id>` with the reason why.  `id_basis` says how the runtime was decided
-    (`container_names.BASES`).  `image_digest` is `sha256:…` of kind `config` or `manifest`, or "" with
-    `image_reason`; a container has one of the two, host and unknown have neither.
+    (`container_names.BASES`, or `runtime` where a runtime corrected what was assumed).  `image_digest` is
+    `sha256:…` of kind `config` or `manifest`, or "" with `image_reason`; a container has one of the two, host
+    and unknown have neither.  `labels` are those chosen by configuration; `pod` only Kubernetes' have.
     """
 
     container_id: str
@@ -54,6 +56,8 @@ class Container(msgspec.Struct, frozen=True):
     image_name: str = ""
     image_repo_digests: tuple[str, ...] = ()
     image_reason: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    pod: Pod | None = None
 
 
 HOST: Final = Container("", "host")
@@ -73,7 +77,7 @@ def named(cgroup_id: int, path: str | None) -> tuple[Container, ContainerName | 
 def elsewhere(cgroup_id: int, path: str | None) -> Container:
     """Return the container of another node's cgroup: its runtime is not ours to ask."""
     container, name = named(cgroup_id, path)
-    return container if name is None else _with(container, Image(reason="other_node"))
+    return container if name is None else _with(container, Facts(reason="other_node"))
 
 
 def unknown(cgroup_id: int, reason: str) -> Container:
@@ -81,201 +85,122 @@ def unknown(cgroup_id: int, reason: str) -> Container:
     return Container(f"unknown:{cgroup_id}", reason)
 
 
-class _Question:
-    """A container whose image is not known yet: the cgroups that wait for it, and how it stands."""
-
-    __slots__ = ("cgroup_ids", "reason", "retry_at")
-
-    def __init__(self) -> None:
-        self.cgroup_ids: set[int] = set()
-        #: `pending` until the runtime has answered once, then its last excuse.
-        self.reason = "pending"
-        self.retry_at = float("inf")
-
-
 class ContainerResolver:
     """Names the containers of this node.  `run` must be running for images and expiry to happen.
 
     A cgroup id means something on the node and in the boot it came from only: for batches of another
-    node or boot use `elsewhere`.
+    node or boot use `elsewhere`.  Without `asking` no runtime is asked.
     """
 
     def __init__(
         self,
         resources: Resources,
-        docker: DockerApi | None,
+        asking: Asking | None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._docker = docker
-        self._clock = clock
-        self._half_life_seconds = resources.container_cache_ttl_seconds / 2
-        room = int(resources.max_cache_memory_mb * (1 << 20) * _MEMORY_SHARE) // _ENTRY_BYTES
-        self._max_young = min(max(room, _FEWEST_ENTRIES), _MOST_ENTRIES) // 2
-        self._young: dict[int, Container] = {}
-        self._old: dict[int, Container] = {}
-        self._rotate_at = clock() + self._half_life_seconds
-        #: By container id, 64 hex.  A container is in `_images` or in `_questions`, not in both.
-        self._images: dict[str, Image] = {}
-        self._questions: dict[str, _Question] = {}
-        self._wanted: deque[str] = deque()
-        self._bell = anyio.Event()
-        self._answered = anyio.Event()
-        self._docker_is_slow = False
-        self._hits = self._misses = 0
+        self._asking = asking
+        self._known: Memory[int, Container] = Memory(
+            _size_of,
+            max_bytes=memory_bytes(resources),
+            ttl_seconds=resources.container_cache_ttl_seconds,
+            clock=clock,
+        )
         self._unknown: dict[str, int] = {}
 
     def lookup(self, cgroup_id: int, path: str | None) -> Container:
-        """Return the container of a cgroup.  Never blocks, never raises; one dict access when known."""
-        container = self._young.get(cgroup_id)
-        if container is not None:
-            self._hits += 1
-            return container
-        if len(self._young) >= self._max_young:
-            self._rotate()
-        container = self._old.pop(cgroup_id, None)
-        if container is not None:
-            self._hits += 1
-        else:
-            self._misses += 1
+        """Return the container of a cgroup.  Never blocks, never raises; some dict accesses when known."""
+        container = self._known.get(cgroup_id)
+        if container is None:
             container = self._resolve(cgroup_id, path)
             if container.container_id.startswith("unknown:"):
                 self._unknown[container.reason] = self._unknown.get(container.reason, 0) + 1
             if path is None:
                 return container  # A later batch may know it.
-        self._young[cgroup_id] = container
+            self._known.put(cgroup_id, container)
+        elif container.image_reason not in _FINAL_IMAGE_REASONS and self._asking is not None:
+            facts = self._asking.facts(_name_of(container))
+            if facts.reason != container.image_reason:
+                container = _with(container, facts)
+                self._known.put(cgroup_id, container)
         return container
 
     async def settle(self, cgroups: Mapping[int, str], timeout_seconds: float = 0.02) -> None:
-        """Wait until the images of these cgroups are known, `timeout_seconds` at the most.
-
-        Once it has waited in vain it waits no more until the runtime answers again: a hanging socket
-        costs one such wait, not one per batch.
-        """
+        """Wait until the images of these cgroups are known, `timeout_seconds` at the most."""
         containers = [self.lookup(cgroup_id, path) for cgroup_id, path in cgroups.items()]
-        awaited = {_hex_of(c) for c in containers if c.image_reason == "pending"}
-        if not awaited or self._docker_is_slow or self._docker is None or not self._docker.well:
-            return
-        with anyio.move_on_after(timeout_seconds) as scope:
-            while any(self._is_pending(container_id) for container_id in awaited):
-                await self._answered.wait()
-        self._docker_is_slow = scope.cancelled_caught
+        awaited = {_name_of(c).id for c in containers if c.image_reason == "pending"}
+        if awaited and self._asking is not None:
+            await self._asking.settle(awaited, timeout_seconds)
 
     async def run(self) -> None:
-        """Work beside the lookups until cancelled: forget, ask for images, ask again."""
+        """Work beside the lookups until cancelled: ask the runtimes, forget."""
         async with anyio.create_task_group() as tasks:
-            for _ in range(_CALLS_AT_ONCE):
-                tasks.start_soon(self._fetch_images)
+            if self._asking is not None:
+                tasks.start_soon(self._asking.run)
             while True:
-                self._tick()
+                self._known.tick()
                 await anyio.sleep(_TICK_SECONDS)
 
-    def stats(self) -> dict[str, int]:
-        """Return counters and gauges for the heartbeat; a label set is written `name{key=value}`.
+    def stats(self) -> dict[str, dict[str, object]]:
+        """Return each memory's figures for the heartbeat, and `reasons`: unknowns with their counts.
 
-        `hits` and `misses` count lookups, `unknown{reason=…}` the misses that found nothing, `entries`
-        cgroups remembered, `images` and `images_missing` containers with and without a runtime's answer;
-        the rest is `DockerApi.stats`.
+        `containers` are cgroups, with the lookups that named none since the start by reason; `images` are
+        containers as the runtimes describe them, with those that have no image now by reason.
         """
-        return {
-            "hits": self._hits,
-            "misses": self._misses,
-            "entries": len(self._young) + len(self._old),
-            "max_entries": 2 * self._max_young,
-            "images": len(self._images),
-            "images_missing": len(self._questions),
-            **{f"unknown{{reason={reason}}}": n for reason, n in self._unknown.items()},
-            **(self._docker.stats() if self._docker is not None else {}),
+        stats: dict[str, dict[str, object]] = {
+            "containers": {**self._known.stats(), "reasons": dict(self._unknown)},
         }
+        if self._asking is not None:
+            stats["images"] = {**self._asking.stats(), "reasons": self._asking.reasons()}
+        return stats
 
     def _resolve(self, cgroup_id: int, path: str | None) -> Container:
         container, name = named(cgroup_id, path)
         if name is None or path is None:
             return container
-        return self._with_image(cgroup_id, name, is_users_own(path))
+        return self._with_image(name, is_users_own(path))
 
-    def _with_image(self, cgroup_id: int, name: ContainerName, rootless: bool) -> Container:
+    def _with_image(self, name: ContainerName, rootless: bool) -> Container:
         container = Container(str(name), id_basis=name.basis)
         if rootless:
             # A user's own engine has a socket of its own; what the system's engine says of such an id
             # would be about somebody else.
-            return _with(container, Image(reason="rootless_runtime"))
-        if self._docker is None:
-            return _with(container, Image(reason="no_runtime_socket"))
-        image = self._images.get(name.id)
-        if image is not None:
-            return _with(container, image)
-        question = self._questions.get(name.id)
-        if question is None:
-            question = self._questions[name.id] = _Question()
-            self._want(name.id)
-        question.cgroup_ids.add(cgroup_id)
-        return _with(container, Image(reason=question.reason))
-
-    def _is_pending(self, container_id: str) -> bool:
-        question = self._questions.get(container_id)
-        return question is not None and question.reason == "pending"
-
-    def _want(self, container_id: str) -> None:
-        self._wanted.append(container_id)
-        self._bell.set()
-        self._bell = anyio.Event()
-
-    async def _fetch_images(self) -> None:
-        while True:
-            while self._wanted:
-                await self._fetch_image(self._wanted.popleft())
-            await self._bell.wait()
-
-    async def _fetch_image(self, container_id: str) -> None:
-        if self._docker is None or container_id not in self._questions:
-            return
-        image = await self._docker.image_of(container_id)
-        question = self._questions.get(container_id)
-        if question is None:
-            return  # Forgotten meanwhile.
-        for cgroup_id in question.cgroup_ids:
-            for cache in (self._young, self._old):
-                if cgroup_id in cache:
-                    cache[cgroup_id] = _with(cache[cgroup_id], image)
-        if image.reason in _FINAL_IMAGE_REASONS:
-            self._images[container_id] = image
-            del self._questions[container_id]
-            self._docker_is_slow = False
-        else:
-            question.reason = image.reason
-            question.retry_at = self._clock() + max(_RETRY_SECONDS, self._docker.retry_seconds)
-        self._answered.set()
-        self._answered = anyio.Event()
-
-    def _tick(self) -> None:
-        now = self._clock()
-        if now >= self._rotate_at:
-            self._rotate()
-        for container_id, question in self._questions.items():
-            if question.retry_at <= now:
-                question.retry_at = float("inf")
-                self._want(container_id)
-
-    def _rotate(self) -> None:
-        """Forget what was not used since the last time, and the images that nobody has any more."""
-        self._old, self._young = self._young, {}
-        self._rotate_at = self._clock() + self._half_life_seconds
-        alive = {_hex_of(container) for container in self._old.values()}
-        self._images = {c: image for c, image in self._images.items() if c in alive}
-        self._questions = {c: question for c, question in self._questions.items() if c in alive}
+            return _with(container, Facts(reason="rootless_runtime"))
+        if self._asking is None:
+            return _with(container, Facts(reason="no_runtime_socket"))
+        return _with(container, self._asking.facts(name))
 
 
-def _hex_of(container: Container) -> str:
-    return container.container_id.rpartition("://")[2]
+def _name_of(container: Container) -> ContainerName:
+    runtime, _, container_id = container.container_id.partition("://")
+    return ContainerName(runtime, container_id, container.id_basis)
 
 
-def _with(container: Container, image: Image) -> Container:
+def _with(container: Container, facts: Facts) -> Container:
+    container_id, basis = container.container_id, container.id_basis
+    if basis == "assumed" and facts.runtime:
+        # The one that knows it is the one that runs it.
+        name = ContainerName(facts.runtime, _name_of(container).id, "runtime")
+        container_id, basis = str(name), basis if str(name) == container_id else name.basis
     return msgspec.structs.replace(
         container,
-        image_digest=image.digest,
-        image_digest_kind=image.digest_kind,
-        image_name=image.name,
-        image_repo_digests=image.repo_digests,
-        image_reason=image.reason,
+        container_id=container_id,
+        id_basis=basis,
+        image_digest=facts.digest,
+        image_digest_kind=facts.digest_kind,
+        image_name=facts.image,
+        image_repo_digests=facts.repo_digests,
+        image_reason=facts.reason,
+        labels=facts.labels,
+        pod=facts.pod,
     )
+
+
+def _size_of(_: int, container: Container) -> int:
+    size = _CONTAINER_BYTES + text_bytes(
+        container.container_id, container.image_digest, container.image_name, *container.image_repo_digests
+    )
+    size += sum(72 + text_bytes(key, value) for key, value in container.labels)
+    if container.pod is not None:
+        size += 72 + text_bytes(container.pod.namespace, container.pod.name, container.pod.container)
+    return size

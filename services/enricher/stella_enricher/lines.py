@@ -28,6 +28,8 @@ import msgspec
 from stella_enricher.containers import Container
 from stella_enricher.frames import FrameNamer, WithStack
 from stella_enricher.redaction import Redactor
+from stella_enricher.runtimes.facts import Pod
+from stella_shared import events
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import (
     BATCH_COUNTS,
@@ -165,9 +167,21 @@ def _place(batch: RawBatch, cgroup: int, program: int, container: Container) -> 
             after += f'"image_digest":{_text(container.image_digest)},'
             if container.image_digest_kind:
                 after += f'"image_digest_kind":{_text(container.image_digest_kind)},'
-        elif container.image_reason:
+        if container.image_name:
+            after += f'"image_name":{_text(container.image_name)},'
+        if not container.image_digest and container.image_reason:
             after += f'"image_reason":{_text(container.image_reason)},'
-    return _Place(f'{{"boot_id":{_text(batch.boot_id)},"cgroup_id":{cgroup},', between, after)
+        if container.image_repo_digests:
+            after += f'"image_repo_digests":{_json(container.image_repo_digests).decode()},'
+        if container.labels:
+            after += f'"labels":{_json(dict(container.labels)).decode()},'
+    before = f'{{"boot_id":{_text(batch.boot_id)},"cgroup_id":{cgroup},'
+    return _Place(before, between, after, _pod(container.pod) if container.pod is not None else "")
+
+
+def _pod(pod: Pod) -> str:
+    said = events.Pod(name=pod.name, namespace=pod.namespace, container=pod.container or None)
+    return f'"pod":{_json(said).decode()},'
 
 
 def _program(batch: RawBatch, key: int) -> str:

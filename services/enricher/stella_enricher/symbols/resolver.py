@@ -129,6 +129,7 @@ class Resolver:
                 "misses": self.misses,
                 "tables": len(self._tables),
                 "table_bytes": self._table_bytes,
+                "max_table_bytes": self._max_table_bytes,
                 "files_read": self.captured,
                 "without_table": len(self._absent),
                 "damaged": self._store.damaged if self._store else 0,
