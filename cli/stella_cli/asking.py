@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from stella_cli import console, gateway
+from stella_cli import caches, console, gateway
 from stella_cli.memory import rows as memory_rows
 from stella_cli.settings import Settings
 from stella_shared import metrics
@@ -81,6 +81,9 @@ def status(settings: Settings, *, verbose: bool, as_json: bool) -> None:
             for s in body.get("services", [])
         ],
     )
+    if asked_runtimes := caches.runtimes(body):
+        click.echo()
+        console.table(caches.RUNTIME_COLUMNS, asked_runtimes)
     if verbose:
         _verbose(settings, body)
 
@@ -90,7 +93,8 @@ def targets(body: Mapping[str, Any]) -> str:
     asked: dict[str, bool] = {}
     for service in body.get("services", []):
         for target in _at(service, "detail", "targets") or []:
-            asked[str(target["asked"])] = bool(target["id"])
+            name = str(target["asked"])
+            asked[name] = asked.get(name, False) or bool(target["id"])
     missing = ", ".join(name for name, is_there in asked.items() if not is_there)
     found = f"{sum(asked.values())} of {len(asked)} found" if asked else ""
     return f"{found}; not there (yet): {missing}" if missing else found
@@ -155,9 +159,9 @@ def _verbose(settings: Settings, body: Mapping[str, Any]) -> None:
     for service in body.get("services", []):
         who = f"{service.get('service')}/{service.get('instance')}"
         flat[f"{who} version"] = str(service.get("version"))
-        # Probes and binaries have their tables above.
+        # Probes, binaries and runtimes have their tables above.
         detail = service.get("detail") or {}
-        flat.update(_flat(who, {k: v for k, v in detail.items() if k not in ("probes", "binaries")}))
+        flat.update(_flat(who, {k: v for k, v in detail.items() if k not in ("probes", "binaries", "runtimes")}))
     click.echo()
     _pairs(flat)
 

@@ -21,7 +21,7 @@ Row = tuple[str, float, str]
 _BYTES: Final = "bytes"
 _ON_DISK: Final = "bytes on disk"
 #: What of a heartbeat's numbers are sizes: their last word, and the unit.
-_SIZES: Final = {"bytes": _BYTES, "entries": "entries", "tables": "entries", "images": "entries"}
+_SIZES: Final = {"bytes": _BYTES, "entries": "entries"}
 _STREAMS: Final = (
     ("raw", subjects.RAW_STREAM, subjects.RAW_MAX_BYTES),
     ("enriched", subjects.ENRICHED_STREAM, subjects.ENRICHED_MAX_BYTES),
@@ -42,7 +42,7 @@ def rows(settings: Settings, node: NodeFile | None, body: Mapping[str, Any]) -> 
     several = {s["service"] for s in services if [o["service"] for o in services].count(s["service"]) > 1}
     for service in services:
         label = f"{{instance={service['instance']}}}" if service["service"] in several else ""
-        for name, value, unit in _service(str(service["service"]), service.get("detail") or {}, settings):
+        for name, value, unit in _service(str(service["service"]), service.get("detail") or {}):
             yield name + label, value, unit
     yield from _ring(body)
     yield from _disk(settings)
@@ -68,20 +68,16 @@ def _ring(body: Mapping[str, Any]) -> Iterator[Row]:
         yield "ring_bytes", float(size), "bytes of kernel memory"
 
 
-def _service(service: str, detail: Mapping[str, Any], settings: Settings) -> Iterator[Row]:
+def _service(service: str, detail: Mapping[str, Any]) -> Iterator[Row]:
     if service == "collector" and "spool_bytes" in detail:
         yield "spool_bytes", float(detail["spool_bytes"]), _BYTES
         if "spool_max_bytes" in detail:
             yield "spool_max_bytes", float(detail["spool_max_bytes"]), _BYTES
-    for cache, content in detail.items():
-        if cache in ("containers", "symbols") and isinstance(content, dict):
-            for name, value in content.items():
-                unit = _SIZES.get(str(name).rpartition("_")[2])
-                if unit and isinstance(value, int | float):
-                    yield f"cache_{cache}_{name}", float(value), unit
-            if cache == "symbols" and "table_bytes" in content and "table_max_bytes" not in content:
-                bound = (settings.signals.resources.max_cache_memory_mb << 20) // 4
-                yield "cache_symbols_table_max_bytes", float(bound), _BYTES
+    for cache, content in (detail.get("caches") or {}).items():
+        for name, value in content.items() if isinstance(content, dict) else ():
+            unit = _SIZES.get(str(name).rpartition("_")[2])
+            if unit and isinstance(value, int | float):
+                yield f"cache_{cache}_{name}", float(value), unit
 
 
 def _disk(settings: Settings) -> Iterator[Row]:

@@ -30,6 +30,7 @@ RUNBOOK_COMMANDS = (
     "status",
     "health",
     "stats",
+    "cache-stats",
     "tail",
     "test-probes",
     "verify-chain",
@@ -166,7 +167,7 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(
 def test_nothing_runs_is_exit_code_4_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """status, health, stats, stop and tail say so with a clear word."""
     path = own_config(tmp_path)
-    for name in ("status", "health", "stats", "stop", "tail"):
+    for name in ("status", "health", "stats", "cache-stats", "stop", "tail"):
         assert 4 == commands.run(["signals", name, "--config", str(path)]), name
         assert re.match(r"Error: no node (runs|answers)", capsys.readouterr().err), name
 

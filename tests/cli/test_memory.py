@@ -15,11 +15,11 @@ def settings(folder: Path) -> Settings:
 
 
 def enricher(instance: str, pid: int, entries: int) -> dict[str, object]:
-    detail = {
-        "containers": {"entries": entries, "max_entries": 10, "hits": 7, "unknown{reason=cgroup_gone}": 2},
-        "symbols": {"entries": 1, "max_entries": 5, "table_bytes": 1000},
+    caches = {
+        "containers": {"entries": entries, "max_entries": 10, "hits": 7, "reasons": {"cgroup_gone": 2}},
+        "symbol_tables": {"entries": 1, "bytes": 1000, "max_bytes": 64 << 20},
     }
-    return {"service": "enricher", "instance": instance, "pid": pid, "detail": detail}
+    return {"service": "enricher", "instance": instance, "pid": pid, "detail": {"caches": caches}}
 
 
 def test_sizes_stand_beside_their_bounds(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_sizes_stand_beside_their_bounds(tmp_path: Path) -> None:
     assert (3.0, "bytes") == found["spool_bytes"]
     assert (4.0, "entries") == found["cache_containers_entries"]
     assert (10.0, "entries") == found["cache_containers_max_entries"]
-    assert (64 << 20, "bytes") == found["cache_symbols_table_max_bytes"]
+    assert (64 << 20, "bytes") == found["cache_symbol_tables_max_bytes"]
     assert (4096.0, "bytes of kernel memory") == found["ring_bytes"]
     assert found["bus_raw_store_bytes"][0] >= 8192
     assert (1 << 30, "bytes on disk") == found["bus_raw_store_max_bytes"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stella_cli import asking, event_rows, failure, process, service_log
+from stella_cli import asking, caches, event_rows, failure, process, service_log
 from stella_cli.console import printable
 from stella_cli.service_log import ServiceLog, parse
 from stella_shared.errors import NotFound
@@ -146,3 +146,23 @@ def test_status_names_targets_that_are_not_there() -> None:
     for found, words in (([], ""), ([there], "1 of 1 found"), ([there, absent], "1 of 2 found; not there (yet): /b")):
         body = {"services": [{"service": "signer"}, {"service": "collector", "detail": {"targets": found}}]}
         assert words == asking.targets(body)
+
+
+def test_caches_are_shown_with_bound_rate_and_reasons() -> None:
+    """Each cache of each instance has a row; what is no cache is passed over."""
+    said = {"entries": 3, "bytes": 1200, "max_bytes": 1 << 20, "hits": 9, "misses": 1, "reasons": {"cgroup_gone": 1}}
+    detail = {"caches": {"containers": said, "symbols": {"entries": 0, "max_entries": 5}, "odd": 7}}
+    body = {"services": [{"service": "signer"}, {"service": "enricher", "instance": "n-1", "detail": detail}]}
+    containers, symbols = caches.found(body)
+    assert (0.9, {"cgroup_gone": 1}, 1200) == (containers["hit_rate"], containers["reasons"], containers["bytes"])
+    assert (None, {}, 5) == (symbols["hit_rate"], symbols["reasons"], symbols["max_entries"])
+    assert ("1.0 MiB", "512 B", "2.0 GiB") == (caches.size(1 << 20), caches.size(512), caches.size(2 << 30))
+
+
+def test_runtimes_are_shown_with_socket_state_and_failures() -> None:
+    """A row for each socket that is asked."""
+    runtime = {"runtime": "docker", "api": "docker", "socket": "/s", "state": "waiting", "reason": "runtime_timeout"}
+    more = {"calls": 4, "failures": {"runtime_timeout": 2}, "last_answer_at": 0.0}
+    body = {"services": [{"service": "enricher", "detail": {"runtimes": [runtime | more]}}]}
+    expected = ["docker", "docker", "/s", "waiting", "never", "4", "2 runtime_timeout", "runtime_timeout"]
+    assert [expected] == caches.runtimes(body)

@@ -147,6 +147,29 @@ def stats(memory: bool, form: str | None) -> None:
     asking.stats(settings(), memory=memory, as_json=form == "json")
 
 
+@signals.command("cache-stats", short_help="Show what the node's caches hold.")
+@everywhere
+@output_form("table", "json")
+def cache_stats(form: str | None) -> None:
+    """Show each cache of the running node: entries, bound, hit rate, memory, and unknowns by reason.
+
+    \b
+    containers     cgroup → container; unknown: lookups since the start that named none
+    images         container → image, labels, pod; unknown: containers without an image now
+    symbols        resolved addresses
+    symbol_tables  tables of files; unknown: files without one
+    arguments      command lines that were looked through for secrets
+    \b
+    Examples:
+      stella signals cache-stats
+      stella signals cache-stats --format json
+    Exit codes: 0 shown, 4 nothing runs, 10 it runs but its gateway does not answer
+    """
+    from stella_cli import caches
+
+    caches.run(settings(), as_json=form == "json")
+
+
 @signals.command(short_help="Show events as they come.")
 @everywhere
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only this event type. May be repeated.")
