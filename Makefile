@@ -17,7 +17,7 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench soak bench-signing bench-verify bench-redaction bench-symbols bench-functions \
+.PHONY: up demo install test crash-matrix fuzz lint check bench soak bench-signing bench-verify bench-redaction bench-symbols bench-containers bench-functions \
 	reference lock clean system-build system-test
 
 up: install
@@ -107,6 +107,10 @@ bench-verify: install
 
 bench-redaction: install
 	$(BIN)/python -m tests.bench.redaction
+
+# Short-lived containers of a real Docker Engine: how many keep id and image (root; CONTAINERS=200).
+bench-containers: install system-test
+	$(BIN)/python -m tests.bench.containers
 
 reference: install
 	$(BIN)/python -m stella_cli.reference docs/reference

@@ -18,6 +18,7 @@ from stella_cli.inspection.answer import Answer
 from stella_shared import config, config_layers, events, metrics, subjects
 from stella_shared.config import Signals
 from stella_shared.evidence.report import FAULT_CODES, STATUSES, ChainReport
+from stella_shared.selectors import TargetSet
 from stella_shared.wire import FILTER_CAUSES, LOSS_CAUSES, Beat, PartHead, RawBatch
 
 _MADE: Final = "<!-- Made by `python -m stella_cli.reference docs/reference`; do not edit. -->\n"
@@ -195,6 +196,8 @@ def _subjects() -> str:
         f"| `stella.enriched.<node>.<type>` | stream `{subjects.ENRICHED_STREAM}`, limits | enricher → "
         f"signer and any subscriber | evidence lines; header `{subjects.HEAD_HEADER}`: `PartHead`, JSON |",
         "| `stella.beat.<service>.<instance>` | core NATS | every service, once a second → gateway | `Beat`, JSON |",
+        "| `stella.ctl.<node>.targets` | core NATS | enrichers, once a second and at a change → collector | "
+        "`TargetSet`, JSON; only when `signals.filters.target_containers` has selectors |",
         "",
         f"`<type>` is one of {', '.join(f'`{name}`' for name in events.EVENT_TYPES)}, or "
         f"`{subjects.LEDGER_TYPE}` for a batch that left no line.",
@@ -215,7 +218,7 @@ def _subjects() -> str:
         "",
         "## Messages\n",
     ]
-    for struct in (RawBatch, PartHead, Beat):
+    for struct in (RawBatch, PartHead, Beat, TargetSet):
         doc = (struct.__doc__ or "").split("\n\n")[0].replace("\n    ", " ")
         lines += [f"### `{struct.__name__}`\n", f"{doc}\n"]
         lines += [f"{n}. `{f.encode_name}`: {_type_name(f.type)}" for n, f in _numbered(struct)]

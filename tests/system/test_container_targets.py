@@ -85,6 +85,6 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
     covered = [t for ledger in ledgers for entry in ledger["coverage"] for t in entry["document"]["targets"]]
     assert {SELECTOR} == {target["asked"] for target in covered}
     assert set(selected) == {target["container"] for target in covered if "container" in target}
-    assert {"containers", "images", "symbols", "symbol_tables"} == {cache["cache"] for cache in caches}
+    assert {"containers", "images", "symbols", "symbol_tables", "arguments"} == {cache["cache"] for cache in caches}
     assert str(engine.socket) in table
     assert "ok" in table

@@ -251,6 +251,7 @@ class Enricher:
                 "max_bytes": symbols["max_table_bytes"],
                 "reasons": {"no_table": symbols["without_table"]} if symbols["without_table"] else {},
             }
+        found["arguments"] = {**self.redactor.stats()}
         return found
 
     def beat(self) -> Beat:

@@ -49,6 +49,7 @@ class Redactor:
         self._patterns = [expressions.compile_pattern(text) for text in patterns] if enabled else []
         self._keep = frozenset(keep)
         self._enabled = enabled
+        self.hits = self.misses = 0
         self._remembered: dict[tuple[str, bool, bool, tuple[str, ...]], tuple[Redacted, dict[str, int]]] = {}
         self.counts = {"rule": 0, "pattern": 0, "failure": 0}
         own = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:12]
@@ -64,7 +65,10 @@ class Redactor:
             return Redacted(list(argv), [])
         key = (filename, script, cut, tuple(argv))
         known = self._remembered.get(key)
-        if known is None:
+        if known is not None:
+            self.hits += 1
+        else:
+            self.misses += 1
             if len(self._remembered) >= REMEMBERED_MAX:
                 self._remembered.clear()
             known = self._remembered[key] = self._redact(argv, filename, script=script, cut=cut)
@@ -72,6 +76,15 @@ class Redactor:
         for cause, times in counts.items():
             self.counts[cause] += times
         return redacted
+
+    def stats(self) -> dict[str, int]:
+        """Return how many command lines are remembered, and how often one was."""
+        return {
+            "entries": len(self._remembered),
+            "max_entries": REMEMBERED_MAX,
+            "hits": self.hits,
+            "misses": self.misses,
+        }
 
     def _redact(
         self, argv: Sequence[str], filename: str, *, script: bool, cut: bool
