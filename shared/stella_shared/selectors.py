@@ -42,11 +42,16 @@ class Selector(msgspec.Struct, frozen=True):
 
 
 class TargetSet(msgspec.Struct, frozen=True):
-    """Which containers match each selector now, as one enricher knows it.  `truncated`: there are more."""
+    """Which containers match each selector now, as one enricher knows it.
+
+    `partial`: a runtime has not told its containers yet, so what is missing here may be there.
+    `truncated`: there are more than may be told.
+    """
 
     node: str
     instance: str
     selectors: dict[str, list[_Id]]
+    partial: bool = False
     truncated: bool = False
 
 

@@ -41,9 +41,10 @@ def signals(*target_containers: str) -> Signals:
     return Signals(node="n", filters=Filters(target_containers=list(target_containers)))
 
 
-def told(instance: str, node: str = "n", **sets: list[str]) -> bytes:
+def told(instance: str, node: str = "n", *, partial: bool = False, **sets: list[str]) -> bytes:
     names = {"web": WEB, "image": IMAGE}
-    return encode_target_set(TargetSet(node, instance, {names[key]: ids for key, ids in sets.items()}))
+    found = {names[key]: ids for key, ids in sets.items()}
+    return encode_target_set(TargetSet(node, instance, found, partial=partial))
 
 
 def test_ids_and_selectors_are_found_by_their_cgroups(tree: Path) -> None:
@@ -84,6 +85,20 @@ def test_enrichers_sets_are_joined_and_the_last_known_stays() -> None:
     assert {WEB: [A, B], IMAGE: [B]} == selected.containers()
     selected.hear(told("e2", web=[B]))
     assert {WEB: [B], IMAGE: []} == selected.containers()
+
+
+def test_who_does_not_know_all_takes_nothing_away() -> None:
+    """A new enricher that a runtime has not answered yet adds what it knows; who knows all has the last word."""
+    now = [0.0]
+    selected = Selected(signals(WEB), clock=lambda: now[0])
+    selected.hear(told("old", web=[A]))
+    now[0] += 2 * STALE_SECONDS
+    selected.hear(told("new", partial=True, web=[B]))
+    assert {WEB: [A, B]} == selected.containers()
+    selected.hear(told("new", web=[B]))
+    assert ({WEB: [B]}, False) == (selected.containers(), selected.truncated)
+    selected.hear(encode_target_set(TargetSet("n", "new", {WEB: [B]}, truncated=True)))
+    assert selected.truncated
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from stella_shared import VERSION, clock, config, events, lifecycle, metrics, su
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import StellaError
-from stella_shared.selectors import STALE_SECONDS
+from stella_shared.selectors import MAX_CONTAINERS, STALE_SECONDS
 from stella_shared.wire import RAW_VERSION, Beat, Closing, Histogram, Ledger, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)
@@ -338,6 +338,11 @@ class Collector:
             state, reason = "degraded", "; ".join(f"{s.name}: {s.reason}" for s in missing)
         elif self.selected.wanted and not self.selected.heard and time.time() - self.started_at > STALE_SECONDS:
             state, reason = "degraded", "no enricher says which containers the selectors match"
+        elif self.selected.truncated:
+            state, reason = (
+                "degraded",
+                f"more than {MAX_CONTAINERS} containers match the selectors: not all are watched",
+            )
         dropped = {f"stellaops_signals_drops_total{{cause={c}}}": float(n) for c, n in self.lost.items()}
         filtered = {f"stellaops_signals_filtered_total{{cause={c}}}": float(n) for c, n in self.filtered.items()}
         attached = {

@@ -1,7 +1,8 @@
 """Which containers the selectors match, as the enrichers of this node say on the bus.
 
-A set is repeated every second.  The union of the sets that were heard lately counts; when nobody speaks, the
-last known sets stay: a target that goes on running is not to be lost because an enricher restarts.
+A set is repeated every second.  The union of the sets that were heard lately counts.  When nobody speaks, or
+nobody knows all, the last known sets stay: a target that goes on running is not to be lost because an enricher
+restarts, or a runtime hangs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class Selected:
         """Whether anybody has said yet what they match."""
         return bool(self._heard)
 
+    @property
+    def truncated(self) -> bool:
+        """Whether more containers match than are told."""
+        return any(heard.targets.truncated for heard in self._heard.values())
+
     def containers(self) -> dict[str, list[str]]:
         """Return each selector with the ids of its containers."""
         return self._containers
@@ -90,7 +96,8 @@ class Selected:
                     log.warning("a message on %s is passed over: %s", message.subject, e)
 
     def _union(self, text: str) -> set[str]:
-        ids: set[str] = set()
+        nobody_knows_all = all(heard.targets.partial for heard in self._heard.values())
+        ids = set(self._containers[text]) if nobody_knows_all else set()
         for heard in self._heard.values():
             ids.update(heard.targets.selectors.get(text, []))
         return set(sorted(ids)[: selectors.MAX_CONTAINERS])

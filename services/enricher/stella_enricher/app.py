@@ -231,9 +231,14 @@ class Enricher:
         selection = self.asking.selection
         while True:
             version = selection.version
-            if self.asking.ready:
-                found = selectors.TargetSet(self.node, self.instance, selection.sets(), selection.truncated)
-                await self.bus.tell(subjects.targets(self.node), selectors.encode_target_set(found))
+            found = selectors.TargetSet(
+                node=self.node,
+                instance=self.instance,
+                selectors=selection.sets(),
+                partial=not self.asking.ready,
+                truncated=selection.truncated,
+            )
+            await self.bus.tell(subjects.targets(self.node), selectors.encode_target_set(found))
             with anyio.move_on_after(selectors.PUBLISH_SECONDS):
                 while selection.version == version:
                     await selection.changed.wait()
