@@ -158,6 +158,7 @@ async def test_an_engine_that_restarts_is_followed_again(engine: Engine) -> None
         with anyio.fail_after(10):
             while not asking.ready:
                 await anyio.sleep(0.01)
+        engine.remove_all()
         engine.stop()
         name = ContainerName("docker", "e5" * 32, "parent")
         with anyio.fail_after(5):

@@ -1,6 +1,8 @@
-"""A runtime that may be away: what is asked of it is bounded, counted, and given up for a while after a failure.
+"""A runtime that may be away: what is asked of it is counted, and after a failure it is left alone for a while.
 
-well ──failure──▶ resting 1 s, 2 s, … 30 s ──▶ asked again
+    well ──failure──▶ resting 1 s, 2 s, … 30 s, or until there is another socket ──▶ asked again
+
+Beside the questions it is watched: its stream of events, and now and then the list of its containers.
 """
 
 from __future__ import annotations
