@@ -36,6 +36,8 @@ SPOOL_BYTES: Final = "stellaops_signals_spool_bytes"
 PUBLISH_RETRIES_TOTAL: Final = "stellaops_signals_publish_retries_total"
 CONTAINERS_UNKNOWN_TOTAL: Final = "stellaops_signals_containers_unknown_total"
 NAMES_MISSING_TOTAL: Final = "stellaops_signals_names_missing_total"
+IMAGES_UNKNOWN: Final = "stellaops_signals_images_unknown"
+RUNTIME_UP: Final = "stellaops_signals_runtime_up"
 REDACTIONS_TOTAL: Final = "stellaops_signals_redactions_total"
 SIGN_LAG_BATCHES: Final = "stellaops_signals_sign_lag_batches"
 SERVICE_UP: Final = "stellaops_signals_service_up"
@@ -213,6 +215,23 @@ _METRICS: Final = (
         "Cgroups and programs of a batch about which something is not known, by reason.",
         ("collector",),
         ("reason",),
+    ),
+    Metric(
+        IMAGES_UNKNOWN,
+        "gauge",
+        "containers",
+        "Containers whose runtime has not said which image they run, by reason.",
+        ("enricher",),
+        ("reason",),
+    ),
+    Metric(
+        RUNTIME_UP,
+        "gauge",
+        "",
+        "1 while the socket of a container runtime answers, else 0; the reason is in /status.",
+        ("enricher",),
+        ("api", "socket"),
+        alert="0: images, labels and selectors of that runtime are missing",
     ),
     Metric(
         REDACTIONS_TOTAL,

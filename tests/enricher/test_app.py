@@ -50,7 +50,7 @@ class Pool:
             "output_directory": str(folder / "evidence"),
             "bus": {"url": url},
             "filters": {"paths": {"allowlist": [], "denylist": ["/secret/*"]}},
-            "runtimes": {"docker_socket": ""},
+            "runtimes": dict.fromkeys(("docker_socket", "podman_socket", "containerd_socket", "cri_socket"), ""),
             "logging": {"format": "text"},
         }
         self.config.write_text(yaml.safe_dump({"signals": signals}))

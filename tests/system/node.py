@@ -86,6 +86,7 @@ class Node:
                 "paths": {"allowlist": [], "denylist": []},
                 "networks": {"denylist": []},
             },
+            "runtimes": dict.fromkeys(("docker_socket", "podman_socket", "containerd_socket", "cri_socket"), ""),
             "logging": {"format": "text"},
         }
         for key, value in signals.items():

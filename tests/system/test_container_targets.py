@@ -41,13 +41,7 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
         tmp_path,
         "selected",
         filters={"target_cgroups": [], "target_containers": [SELECTOR]},
-        runtimes={
-            "docker_socket": str(engine.socket),
-            "podman_socket": "",
-            "containerd_socket": "",
-            "cri_socket": "",
-            "labels": ["test.*"],
-        },
+        runtimes={"docker_socket": str(engine.socket), "labels": ["test.*"]},
     )
     node.start()
     try:
@@ -62,6 +56,7 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
             (selected if number % 2 else others).append(started)
         caches = json.loads(node.stella("cache-stats", "--format", "json").stdout)["caches"]
         table = node.stella("status").stdout
+        figures = node.stella("stats").stdout
         time.sleep(1.5)
     finally:
         node.stop()
@@ -88,3 +83,4 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
     assert {"containers", "images", "symbols", "symbol_tables", "arguments"} == {cache["cache"] for cache in caches}
     assert str(engine.socket) in table
     assert "ok" in table
+    assert f"stellaops_signals_runtime_up{{api=docker,socket={engine.socket}}} 1" in figures

@@ -243,6 +243,19 @@ class Enricher:
                 while selection.version == version:
                     await selection.changed.wait()
 
+    def _runtime_metrics(self) -> dict[str, float]:
+        if self.asking is None:
+            return {}
+        unknown = {metrics.key(metrics.IMAGES_UNKNOWN, reason=r): float(n) for r, n in self.asking.reasons().items()}
+        up = {
+            metrics.key(metrics.RUNTIME_UP, api=str(runtime["api"]), socket=str(runtime["socket"])): float(
+                runtime["state"] == "ok"
+            )
+            for runtime in self.asking.status()
+            if runtime["state"] != "not there"
+        }
+        return {**unknown, **up}
+
     def caches(self) -> dict[str, dict[str, object]]:
         """Return what each memory holds, for `stella signals cache-stats`."""
         found = self.resolver.stats()
@@ -291,6 +304,7 @@ class Enricher:
                     metrics.key(metrics.CONTAINERS_UNKNOWN_TOTAL, reason=reason): float(n)
                     for reason, n in reasons.items()
                 },
+                **self._runtime_metrics(),
             },
             histograms={
                 "stellaops_signals_enrich_latency_seconds": self.work_seconds,
