@@ -209,6 +209,20 @@ async def test_a_hanging_runtime_is_waited_for_once() -> None:
         assert {"pending": 50} == asked.reasons()
 
 
+async def test_a_hanging_runtime_holds_up_no_other() -> None:
+    """Questions that wait for one runtime, however many, leave another's containers their answers at once."""
+    podman, docker = Scripted("podman", {}, "hang"), Scripted("docker", {A: IMAGE})
+    async with asking(podman, docker) as asked:
+        for number in range(100):
+            asked.facts(ContainerName("podman", f"{number:064x}", "prefix"))
+        await asked.settle([f"{0:064x}"], 0.02)
+        assert 4 == len(podman.asked)
+        name = ContainerName("docker", A, "parent")
+        asked.facts(name)
+        await asked.settle([A], 2.0)
+        assert (DIGEST, {"pending": 100}) == (asked.facts(name).digest, asked.reasons())
+
+
 async def test_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flood of ids is asked about up to the bound; the rest is asked about when there is room."""
     monkeypatch.setattr(asking_module, "MAX_WAITING", 10)

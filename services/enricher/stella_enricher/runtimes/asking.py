@@ -35,7 +35,6 @@ TICK_SECONDS: Final = 1.0
 #: A runtime may start a container before it knows it: so often it is asked again, after 0.05 s, 0.1 s and so on.
 NOT_FOUND_TRIES: Final = 4
 NOT_FOUND_SECONDS: Final = 0.05
-CALLS_AT_ONCE: Final = 4
 #: Containers that wait to be asked about; what a runtime tells of beyond it is asked about when it is seen.
 MAX_WAITING: Final = 8192
 
@@ -81,7 +80,8 @@ class Asking:
         self._wanted: deque[str] = deque()
         self._bell = anyio.Event()
         self._answered = anyio.Event()
-        self._is_slow = False
+        #: Runtimes that were waited for in vain.
+        self._slow: set[str] = set()
         self._refused = 0
         self._looked = False
         self._ready = False
@@ -105,16 +105,19 @@ class Asking:
     async def settle(self, container_ids: Iterable[str], timeout_seconds: float) -> None:
         """Wait until the runtimes have answered about these containers, `timeout_seconds` at the most.
 
-        Once it has waited in vain it waits no more until a runtime answers again: a hanging socket costs one
-        such wait, not one per batch.
+        Once it has waited for a runtime in vain it waits no more for that until it answers again: a hanging socket
+        costs one such wait, not one per batch.
         """
-        awaited = {i for i in container_ids if self._is_pending(i)}
-        if not awaited or self._is_slow:
+        awaited = {
+            i for i in container_ids if self._is_pending(i) and self._questions[i].name.runtime not in self._slow
+        }
+        if not awaited:
             return
         with anyio.move_on_after(timeout_seconds) as scope:
             while any(self._is_pending(i) for i in awaited):
                 await self._answered.wait()
-        self._is_slow = scope.cancelled_caught
+        if scope.cancelled_caught:
+            self._slow |= {self._questions[i].name.runtime for i in awaited if self._is_pending(i)}
 
     async def run(self) -> None:
         """Find runtimes, follow them, ask and ask again, forget, until cancelled."""
@@ -122,8 +125,7 @@ class Asking:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                for _ in range(CALLS_AT_ONCE):
-                    tasks.start_soon(self._fetch)
+                tasks.start_soon(self._fetch, tasks)
                 while True:
                     if self._clock() >= look_at:
                         look_at = self._clock() + LOOK_SECONDS
@@ -216,10 +218,11 @@ class Asking:
         question = self._questions.get(container_id)
         return question is not None and question.reason == "pending"
 
-    async def _fetch(self) -> None:
+    async def _fetch(self, tasks: TaskGroup) -> None:
+        # Each question by itself: those that wait for a runtime that hangs are in nobody's way.
         while True:
             while self._wanted:
-                await self._answer(self._wanted.popleft())
+                tasks.start_soon(self._answer, self._wanted.popleft())
             await self._bell.wait()
 
     async def _answer(self, container_id: str) -> None:
@@ -243,7 +246,7 @@ class Asking:
             )
             self._known.put(container_id, facts)
             del self._questions[container_id]
-            self._is_slow = False
+            self._slow.discard(question.name.runtime)
             self.selection.consider(facts.teller, container_id, selected, self._clock())
         else:
             question.reason = facts.reason

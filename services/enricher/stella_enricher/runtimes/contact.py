@@ -17,6 +17,7 @@ import anyio
 from stella_enricher.runtimes.facts import CONTAINER_ID, SOCKET_REASONS, Change, Facts, Listed, Refusal, Runtime
 from stella_enricher.runtimes.sockets import identity
 
+CALLS_AT_ONCE: Final = 4
 FIRST_BACKOFF_SECONDS: Final = 1.0
 LAST_BACKOFF_SECONDS: Final = 30.0
 #: How long an API that its socket does not have is taken to be absent.
@@ -45,6 +46,7 @@ class Contact:
         self._answered_at = 0.0
         self._streaming = False
         self._resumed = anyio.Event()
+        self._limiter = anyio.CapacityLimiter(CALLS_AT_ONCE)
         self._absent_until = 0.0
         self.calls = 0
         self.changes = 0
@@ -97,15 +99,16 @@ class Contact:
         """
         if not CONTAINER_ID.fullmatch(container_id):
             return Facts(reason="not_a_container_id")
-        if not self.well:
-            return Facts(reason=self._last_reason)
-        self.calls += 1
-        try:
-            facts = await self._runtime.facts_of(container_id)
-        except Refusal as refusal:
-            return Facts(reason=self._refused(refusal.reason))
-        self._answered()
-        return facts
+        async with self._limiter:
+            if not self.well:
+                return Facts(reason=self._last_reason)
+            self.calls += 1
+            try:
+                facts = await self._runtime.facts_of(container_id)
+            except Refusal as refusal:
+                return Facts(reason=self._refused(refusal.reason))
+            self._answered()
+            return facts
 
     async def containers(self) -> list[Listed] | None:
         """Return its containers, None when it does not say."""
