@@ -118,8 +118,10 @@ class Kubelet:
         """Run a pod with a container; return the ids of the sandbox and of the container."""
         # Numbers of fields from cri-api, pkg/apis/runtime/v1/api.proto.
         network = field(1, _NODE_NETWORK)
+        of_pod = {"io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod} if kubelets_labels else {}
         config = b"".join(
             [
+                *(field(6, field(1, key) + field(2, value)) for key, value in of_pod.items()),
                 field(1, field(1, pod) + field(2, secrets.token_hex(8)) + field(3, namespace)),
                 field(3, self._logs),
                 field(8, field(1, self._parent) + field(2, network)),
@@ -127,13 +129,9 @@ class Kubelet:
         )
         sandbox = (await self._call("RunPodSandbox", field(1, config))).text(1)
         self._pods.append(sandbox)
-        labels = {"test.team": "web"}
+        labels = {"test.team": "web", **of_pod}
         if kubelets_labels:
-            labels |= {
-                "io.kubernetes.pod.namespace": namespace,
-                "io.kubernetes.pod.name": pod,
-                "io.kubernetes.container.name": container,
-            }
+            labels["io.kubernetes.container.name"] = container
         wanted = b"".join(
             [
                 field(1, field(1, container)),

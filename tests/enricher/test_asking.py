@@ -106,6 +106,10 @@ async def asking(*runtimes: Scripted, targets: tuple[str, ...] = (), **more: obj
         tasks.cancel_scope.cancel()
 
 
+def asked_times(runtime: Scripted, container_id: str) -> int:
+    return runtime.asked.count(container_id)
+
+
 async def until(condition: Callable[[], object]) -> None:
     with anyio.fail_after(5):
         while not condition():
@@ -168,6 +172,29 @@ async def test_a_change_brings_the_answer_before_the_question() -> None:
         docker.tell(Change("gone", A))
         await until(lambda: not asked.selection.sets()["name:w*"])
         assert DIGEST == asked.facts(ContainerName("docker", A, "parent")).digest
+
+
+async def test_what_is_said_first_selects_and_what_is_said_better_stays() -> None:
+    """containerd tells of a pod's container before CRI can: it is a target at once, and has CRI's image."""
+    better = Facts(digest=DIGEST, digest_kind="config", labels=(("team", "web"),), name="web", runtime="containerd")
+    first = Facts(digest="sha256:" + "0" * 64, digest_kind="manifest", labels=(("team", "web"),), provisional=True)
+    cri, own = Scripted("containerd", {}), Scripted("containerd", {})
+    cri.socket = "/cri"
+    name = ContainerName("containerd", A, "prefix")
+    async with asking(own, cri, targets=("label:team=web",)) as asked:
+        await until(lambda: asked.ready)
+        own.known[A] = first
+        own.tell(Change("here", A))
+        await until(lambda: asked.selection.sets() == {"label:team=web": [A]})
+        assert "not_known_yet" == asked.facts(name).reason
+        cri.known[A] = better
+        await until(lambda: asked.facts(name).digest)
+        assert (DIGEST, "config") == (asked.facts(name).digest, asked.facts(name).digest_kind)
+        own.known[B] = first
+        other = ContainerName("containerd", B, "prefix")
+        await until(lambda: asked.facts(other).digest)
+        assert "manifest" == asked.facts(other).digest_kind
+        assert asked_times(own, B) == asking_module.NOT_FOUND_TRIES
 
 
 async def test_what_a_list_leaves_out_is_no_target_any_more() -> None:

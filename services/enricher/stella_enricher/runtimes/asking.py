@@ -32,9 +32,9 @@ from stella_enricher.selection import Selection
 LOOK_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 5.0
 TICK_SECONDS: Final = 1.0
-#: A runtime may start a container before it knows it: so often it is asked again, after 0.05 s, 0.1 s and so on.
-NOT_FOUND_TRIES: Final = 4
-NOT_FOUND_SECONDS: Final = 0.05
+#: A runtime may start a container before it knows it: so often it is asked, after 5 ms, 10 ms and so on.
+NOT_FOUND_TRIES: Final = 8
+NOT_FOUND_SECONDS: Final = 0.005
 #: Containers that wait to be asked about; what a runtime tells of beyond it is asked about when it is seen.
 MAX_WAITING: Final = 8192
 
@@ -233,7 +233,8 @@ class Asking:
         if container_id not in self._questions:
             return  # Forgotten meanwhile.
         question.tries += 1
-        if facts.reason == "container_not_found" and question.tries < NOT_FOUND_TRIES and self._tasks is not None:
+        early = facts.provisional or facts.reason == "container_not_found"
+        if early and question.tries < NOT_FOUND_TRIES and self._tasks is not None:
             question.reason = "not_known_yet"
             self._tasks.start_soon(self._want_later, container_id, NOT_FOUND_SECONDS * 2.0 ** (question.tries - 1))
         elif facts.reason in FINAL_REASONS:
@@ -262,17 +263,23 @@ class Asking:
         own = [contact for contact in self._contacts if contact.serves(name.runtime)]
         others = [c for c in self._contacts if c not in own and c.answers] if name.basis == "assumed" else []
         excuse: Facts | None = None
+        provisional: tuple[Contact, Facts, float] | None = None
         retry_seconds = 0.0
         for contact in [*own, *others]:
             facts = await contact.facts_of(name.id)
             if facts.reason in ("container_not_found", "not_a_container_id"):
                 excuse = excuse or facts
+            elif facts.provisional:
+                provisional = (contact, facts, 0.0)
+                if selected := self.selection.matches(facts):
+                    # A target is to be watched from its first moment, whoever tells of it first.
+                    self.selection.consider(contact.who, name.id, selected, self._clock())
             elif facts.reason in FINAL_REASONS:
                 return contact, facts, 0.0
             elif not retry_seconds:
                 # Somebody who cannot be asked may know it, whatever the others say.
                 excuse, retry_seconds = facts, max(contact.retry_seconds, RETRY_SECONDS)
-        return None, excuse or _NO_SOCKET, retry_seconds
+        return provisional or (None, excuse or _NO_SOCKET, retry_seconds)
 
     def _tick(self) -> None:
         self._known.tick()

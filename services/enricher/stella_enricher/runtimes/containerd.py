@@ -10,6 +10,7 @@ stand there too, in the namespace `moby`, but without an image: they are Docker'
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from typing import Final, Literal
 
@@ -31,6 +32,9 @@ _SERVICES: Final = "/containerd.services"
 _DOCKERS_NAMESPACE: Final = "moby"
 _KUBERNETES_NAMESPACE: Final = "k8s.io"
 _MAX_NAMESPACES: Final = 64
+_MAX_TOLD: Final = 1024
+#: Label by which containerd's CRI tells a pod's own container from the others.
+_KIND_LABEL: Final = "io.cri-containerd.kind"
 _TOPICS: Final[dict[str, Literal["here", "altered", "gone"]]] = {
     "/containers/create": "here",
     "/tasks/create": "here",
@@ -41,7 +45,7 @@ _TOPICS: Final[dict[str, Literal["here", "altered", "gone"]]] = {
 
 
 class ContainerdApi:
-    """A `Runtime` by containerd's own API.  Without `kubernetes` it says nothing of the namespace `k8s.io`."""
+    """A `Runtime` by containerd's own API.  Without `kubernetes` its word on the namespace `k8s.io` is provisional."""
 
     api: str = "containerd"
     streams: bool = True
@@ -50,15 +54,18 @@ class ContainerdApi:
 
     def __init__(self, socket: str, *, kubernetes: bool = True, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
         self.socket = socket
-        self._left_out = {_DOCKERS_NAMESPACE} if kubernetes else {_DOCKERS_NAMESPACE, _KUBERNETES_NAMESPACE}
+        self._provisional = "" if kubernetes else _KUBERNETES_NAMESPACE
         self._grpc = GrpcSocket(socket, timeout_seconds=timeout_seconds)
         # A stream keeps its connection; calls must not wait for its flow control.
         self._events = GrpcSocket(socket, timeout_seconds=timeout_seconds)
         self._namespaces: list[str] = []
+        #: Where events say that containers are, the newest of them.
+        self._told: OrderedDict[str, str] = OrderedDict()
 
     async def facts_of(self, container_id: str) -> Facts:
         """Return what is known of the container: one call for each namespace up to its own, and one for the image."""
-        known = list(self._namespaces)
+        told = self._told.get(container_id)
+        known = sorted(self._namespaces, key=lambda namespace: namespace != told)
         facts = await self._found_in(known, container_id)
         if facts is None:
             # The namespace may be newer than our list of them.
@@ -92,7 +99,11 @@ class ContainerdApi:
                     envelope = Message(message)
                     kind = _TOPICS.get(envelope.text(3))
                     container_id = envelope.message(4).message(2).text(1) if kind else ""
+                    namespace = envelope.text(2)
                 if kind and CONTAINER_ID.fullmatch(container_id):
+                    self._told[container_id] = namespace
+                    if len(self._told) > _MAX_TOLD:
+                        self._told.popitem(last=False)
                     yield Change(kind, container_id)
 
     async def close(self) -> None:
@@ -107,7 +118,7 @@ class ContainerdApi:
             names = [name_text(entry.text(1)) for entry in Message(answer).messages(1)]
         if len(names) > _MAX_NAMESPACES or not all(name.isascii() for name in names):
             raise Refusal("runtime_nonsense")
-        self._namespaces = [name for name in names if name not in self._left_out]
+        self._namespaces = [name for name in names if name != _DOCKERS_NAMESPACE]
         return self._namespaces
 
     async def _found_in(self, namespaces: list[str], container_id: str) -> Facts | None:
@@ -132,15 +143,19 @@ class ContainerdApi:
             found = container.text(1)
         if found != container_id:
             raise Refusal("runtime_nonsense")
+        pod = pod_of(labels) if namespace == _KUBERNETES_NAMESPACE else None
+        if pod is not None and dict(labels).get(_KIND_LABEL) == "sandbox":
+            return Facts(labels=labels, pod=pod, runtime="containerd", reason="pod_sandbox")
         digest = await self._digest_of(namespace, image) if image else ""
         return Facts(
             digest=digest,
             digest_kind="manifest" if digest else "",
             image=image,
             labels=labels,
-            pod=pod_of(labels) if namespace == _KUBERNETES_NAMESPACE else None,
+            pod=pod,
             name=name_text(dict(labels).get("nerdctl/name", "")),
             runtime="containerd",
+            provisional=namespace == self._provisional,
             reason="" if digest else "no_image",
         )
 

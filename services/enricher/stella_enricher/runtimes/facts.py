@@ -46,7 +46,7 @@ class Facts(msgspec.Struct, frozen=True):
     `digest_kind` is `config` or `manifest`; the digest of an image index counts as a manifest's.
     `repo_digests` are `name@sha256:…`, the names under which a registry knows the image.  `runtime` is
     whose container it is, `teller` who said so.  `name` is the container's own.  `selected` are the selectors
-    that it matches.
+    that it matches.  `provisional`: another API of the same socket will know better in a moment.
     """
 
     digest: str = ""
@@ -59,6 +59,7 @@ class Facts(msgspec.Struct, frozen=True):
     runtime: str = ""
     teller: str = ""
     selected: tuple[str, ...] = ()
+    provisional: bool = False
     reason: str = ""
 
 

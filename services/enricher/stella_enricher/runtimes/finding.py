@@ -78,7 +78,7 @@ class SocketFinder:
         makers: dict[str, Callable[[str], Runtime]] = {
             "docker": DockerApi,
             "podman": lambda socket: DockerApi(socket, runtime="podman"),
-            # What Kubernetes runs there is CRI's to tell, where CRI is asked: it knows which image was taken.
+            # What Kubernetes runs there CRI tells better, where it is asked: it knows which image was taken.
             "containerd": lambda socket: ContainerdApi(socket, kubernetes=not self._configured["cri"]),
         }
         return makers[api](path)
