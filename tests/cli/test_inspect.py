@@ -407,9 +407,9 @@ def test_an_image_is_found_by_name_pod_and_registry_digest_and_no_label_passes_f
         **MINE,
         "image_name": "registry.example/shop:1.2",
         "image_repo_digests": [f"registry.example/shop@{manifest}"],
-        "kubernetes": {"namespace": "shop", "pod": "shop-7d4f"},
+        "pod": {"name": "shop-7d4f", "namespace": "shop"},
     }
-    liar = {**THEIRS, "labels": {"image_digest": IMAGE, "pod": "shop-7d4f", "image_name": "registry.example/shop:1.2"}}
+    liar = {**THEIRS, "labels": {"image_digest": IMAGE, "name": "shop-7d4f", "image_name": "registry.example/shop:1.2"}}
     made = site(
         tmp_path,
         told.say(

@@ -37,14 +37,14 @@ class Line(msgspec.Struct, frozen=True):
     image_digest: str = ""
     image_name: str = ""
     image_repo_digests: list[str] = []
-    kubernetes: dict[str, Any] = {}
+    in_kubernetes: dict[str, Any] = msgspec.field(name="pod", default_factory=dict)
     exe: str = ""
     exe_build_id: str = ""
 
     @property
     def pod(self) -> str:
         """The pod's name, "" outside Kubernetes."""
-        return str(self.kubernetes.get("pod") or "")
+        return str(self.in_kubernetes.get("name") or "")
 
 
 class Thing:

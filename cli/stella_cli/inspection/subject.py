@@ -56,7 +56,7 @@ def parse(text: str) -> Subject:
     if _UNKNOWN.fullmatch(lowered):
         return Subject("container", lowered, (f'"container_id":"{lowered}"'.encode(),))
     if _NAME.fullmatch(asked) and not lowered.startswith("sha256"):
-        return Subject("name", asked, tuple(f'"{member}":"{asked}'.encode() for member in ("image_name", "pod")))
+        return Subject("name", asked, tuple(f'"{member}":"{asked}'.encode() for member in ("image_name", "name")))
     raise UsageError(
         f"{text!r} names no image and no container",
         hint="an image digest (sha256:…), a container id (docker://…, or its first 8 digits and more), or the "
