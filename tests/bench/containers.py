@@ -72,8 +72,9 @@ def measure(engine: Engine, folder: Path) -> int:
             ids = list(pool.map(lambda number: run_container(engine, number), range(CONTAINERS)))
         took = time.monotonic() - begun
         time.sleep(2.0)
-    finally:
         node.stop()
+    finally:
+        node.close()
     lines = recorded(node)
     mine = {f"docker://{container_id}" for container_id in ids}
     named = {line["container_id"] for line in lines if line.get("container_id") in mine}

@@ -59,8 +59,8 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
         filters={"target_cgroups": [], "target_containers": [WEB]},
         runtimes={"docker_socket": str(engine.socket), "labels": ["test.*"]},
     )
-    node.start()
     try:
+        node.start()
         teams: dict[str, list[str]] = {"web": [], "db": []}
         for number in range(4):
             team = ("db", "web")[number % 2]
@@ -72,8 +72,9 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
         await_targets(node, teams["db"])
         later = {team: run(engine, team, "/etc/later") for team in teams}
         time.sleep(1.5)
-    finally:
         node.stop()
+    finally:
+        node.close()
 
     lines = list(node.lines())
     assert verify_chain(node.evidence).valid
