@@ -126,7 +126,8 @@ class StackFrame(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
             str,
             Meta(
                 description="The table that names it: symtab, dynsym, minidebuginfo or gopclntab of the file, or "
-                "`debug_file:` and a table of its separate debug file."
+                "`debug_file:` and a table of its separate debug file; `watched_function`: the name by which the "
+                "watched function was found in the file."
             ),
         ]
         | None

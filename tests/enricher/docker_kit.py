@@ -39,8 +39,9 @@ def why_no_engine() -> str:
 class Engine:
     """A running engine: its socket, and `docker` against it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, storage: str = "vfs") -> None:
         self.folder = folder
+        self.storage = storage
         self.socket = folder / "docker.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -51,7 +52,7 @@ class Engine:
             *("dockerd", "--host", f"unix://{self.socket}", "--pidfile", str(self.folder / "docker.pid")),
             *("--data-root", str(self.folder / "data"), "--exec-root", str(self.folder / "run")),
             *("--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"),
-            *("--storage-driver", "vfs", "--shutdown-timeout", "1"),
+            *("--storage-driver", self.storage, "--shutdown-timeout", "1"),
         ]
         ask = ["docker", "--host", f"unix://{self.socket}", "version"]
         with log.open("ab") as out:

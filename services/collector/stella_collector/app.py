@@ -44,6 +44,8 @@ BATCH_BYTES: Final = 512 << 10
 FASTEST_SECONDS: Final = 0.0005
 STEADY_SECONDS: Final = 0.010
 IDLE_SECONDS: Final = 0.050
+#: The least pause where a new program asks for a drain.
+HASTE_SECONDS: Final = 0.005
 #: A drain comes before this share of the ring is full at the rate of the last one.
 RING_SHARE: Final = 0.25
 SPOOL_BYTES: Final = 64 << 20
@@ -95,6 +97,7 @@ class Collector:
         self._coverage_due = 0.0
         self._targets: list[targets.Target] = []
         self.selected = Selected(signals)
+        self._wake = anyio.Event()
         self._held: Ledger | None = None
         self._missed = 0
         self._missed_at = 0.0
@@ -176,6 +179,11 @@ class Collector:
 
     # ---- the loop
 
+    async def wake_at(self, stop: anyio.Event) -> None:
+        """End the pause between two drains when it is time to stop."""
+        await stop.wait()
+        self._wake.set()
+
     async def drain_until(self, stop: anyio.Event) -> None:
         """Drain, at the pace of the ring, until `stop`."""
         pause = STEADY_SECONDS
@@ -209,8 +217,12 @@ class Collector:
                 pause = min(STEADY_SECONDS, max(FASTEST_SECONDS, ring_seconds))
             else:
                 pause = min(IDLE_SECONDS, pause * 1.5)
-            with anyio.move_on_after(pause):
-                await stop.wait()
+            with anyio.move_on_after(pause) as rest:
+                await self._wake.wait()
+            if not rest.cancelled_caught and not stop.is_set():
+                # Programs may begin by the thousand: they hurry the drain, and do not cut it into crumbs.
+                await anyio.sleep(max(0.0, min(pause, HASTE_SECONDS) - (time.monotonic() - now)))
+                self._wake = anyio.Event()
 
     def _held_back(self, ledger: Ledger) -> Ledger:
         # What the filters counted while nothing was recorded is told with the next batch, not in one of its own.
@@ -270,6 +282,8 @@ class Collector:
             return
         while True:
             await anyio.wait_readable(notices.fd)
+            # A program that has just begun may have ended by the next drain, and its file is asked about then.
+            self._wake.set()
             if await anyio.to_thread.run_sync(self.kernel.binaries.look_at_notices):
                 self.write_coverage()
 
@@ -429,6 +443,7 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
                 tasks.start_soon(collector.selected.listen, bus)
                 tasks.start_soon(collector.watch_surroundings)
                 tasks.start_soon(collector.heed_notices)
+                tasks.start_soon(collector.wake_at, stop)
                 tasks.start_soon(collector.heed_reloads, path)
                 tasks.start_soon(lifecycle.beating, bus, collector.beat, drained)
                 await collector.drain_until(stop)

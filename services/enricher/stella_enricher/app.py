@@ -106,7 +106,7 @@ class Enricher:
                 await self.resolver.settle(batch.cgroups)
             enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
             if here:
-                self.frames.hint(batch.programs)
+                self.frames.hint(batch.programs, batch.records)
             if await self.frames.settle(batch.records if here else b""):
                 enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
             if any(len(part.body) > PART_BYTES_MAX for part in enriched.parts):
@@ -388,7 +388,9 @@ async def serve(signals: Signals, instance: str) -> None:
                 queue=subjects.RAW_DURABLE,
             )
         )
-        frames = stack.enter_context(FrameNamer(_symbols(signals)))
+        frames = stack.enter_context(
+            FrameNamer(_symbols(signals), ahead=bool(signals.probes.stacks or signals.probes.functions))
+        )
         asking = _asking(signals)
         resolver = ContainerResolver(signals.resources, asking)
         enricher = Enricher(signals, instance, bus, resolver, frames, asking=asking)

@@ -34,6 +34,7 @@ from stella_shared.events import (
     NetConnect,
     ProcessExec,
     StackFrame,
+    names,
     unpack_batch,
 )
 from stella_shared.symbols import Frame, Question
@@ -48,14 +49,22 @@ RETRY_SECONDS: Final = 300.0
 PIDS_MAX: Final = 4
 #: Build-ids that wait for the thread; more are asked for again by a later batch.
 WAITING_MAX: Final = 4096
+#: Programs whose tables were read ahead, and that are not read again for it.
+AHEAD_MAX: Final = 16_384
 
 
 class FrameNamer:
     """Names frames; without a resolver it says `disabled`.  A context manager: the thread ends with it."""
 
-    def __init__(self, resolver: Resolver | None, *, settle_seconds: float = SETTLE_SECONDS) -> None:
+    def __init__(
+        self, resolver: Resolver | None, *, settle_seconds: float = SETTLE_SECONDS, ahead: bool = False
+    ) -> None:
+        """`ahead`: read the table of every program at its first event, while its file can be reached."""
         self._resolver = resolver
         self._settle_seconds = settle_seconds
+        self._ahead = ahead and resolver is not None
+        self._read_ahead: set[str] = set()
+        self._runners: dict[str, list[int]] = {}
         #: Grows when something is known that was not known before.
         self.generation = 0
         self._demangler = Demangler()
@@ -93,6 +102,21 @@ class FrameNamer:
             self._hints[event.build_id] = Path(event.binary)
         frames, symbolizer = self._named(event.stack or [])
         event = msgspec.structs.replace(event, stack=frames or None, symbolizer=symbolizer)
+        event = self._demangled(event)
+        if (
+            frames
+            and frames[0].symbol is None
+            and (frames[0].build_id, frames[0].offset) == (event.build_id, event.offset)
+        ):
+            # It was found by this name; no table has to say so again.
+            frames[0] = msgspec.structs.replace(
+                frames[0], symbol=event.symbol, symbol_offset=0, symbol_source="watched_function", symbol_reason=None
+            )
+            event = msgspec.structs.replace(event, stack=frames)
+        return event
+
+    def _demangled(self, event: FunctionCall) -> FunctionCall:
+        symbolizer = event.symbolizer
         if event.symbol_mangled is None:
             return event
         name = None if event.symbol_truncated else self._demangler.demangled(event.symbol_mangled)
@@ -131,14 +155,27 @@ class FrameNamer:
             self._missing.add(question.build_id)
         return answer
 
-    def hint(self, programs: Mapping[int, Program]) -> None:
-        """Note where the programs of a batch have their files: where to look when their processes are gone.
+    def hint(self, programs: Mapping[int, Program], records: bytes = b"") -> None:
+        """Note where the programs of a batch have their files, and who runs them: where to look for their tables.
 
         A hint is believed only when the file there has the build-id.
         """
-        for program in programs.values():
-            if program.build_id and program.path.startswith("/") and len(self._hints) < WAITING_MAX:
+        known = {key: program for key, program in programs.items() if program.build_id}
+        for program in known.values():
+            if program.path.startswith("/") and len(self._hints) < WAITING_MAX:
                 self._hints.setdefault(program.build_id, Path(program.path))
+        new = {key for key, program in known.items() if self._ahead and program.build_id not in self._read_ahead}
+        if not new:
+            return
+        if len(self._read_ahead) > AHEAD_MAX:
+            self._read_ahead.clear()
+        runners = names(records).programs
+        for key in new:
+            build_id = known[key].build_id
+            self._read_ahead.add(build_id)
+            self._missing.add(build_id)
+            if key in runners:
+                self._runners[build_id] = [runners[key][0]]
 
     async def settle(self, records: bytes) -> bool:
         """Ask for what the last lines missed; return whether some of it came, so that they are worth making anew.
@@ -158,8 +195,10 @@ class FrameNamer:
         pids = _pids(records, new) if new else {}
         for build_id in new:
             self._asked.add(build_id)
-            self._work.put((build_id, pids.get(build_id, []), self._hints.pop(build_id, None)))
+            found = self._runners.get(build_id, []) + pids.get(build_id, [])
+            self._work.put((build_id, found, self._hints.pop(build_id, None)))
         self._hints.clear()
+        self._runners.clear()
         if self._is_slow:
             return False
         before = self.generation
