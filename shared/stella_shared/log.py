@@ -32,6 +32,8 @@ def setup(service: str, config: Logging) -> logging.Logger:
     handler.setFormatter(_Lines(service, config.format == "json", _to_journal()))
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # It tells of every request at the level at which we tell of what happened.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     return logging.getLogger(f"stella.{service}")
 
 

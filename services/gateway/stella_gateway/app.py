@@ -46,7 +46,9 @@ async def run(signals: Signals, instance: str = "") -> None:
 async def _tick(board: Board) -> None:
     while True:
         board.tick(time.monotonic())
-        await anyio.sleep(1.0)
+        # It answers, whether the bus is there or not.
+        lifecycle.show("ok")
+        await anyio.sleep(lifecycle.BEAT_SECONDS)
 
 
 def _beat(instance: str, node: str, started_at: float, url: str) -> Beat:
