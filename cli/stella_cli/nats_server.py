@@ -1,4 +1,4 @@
-"""The embedded bus: which nats-server runs, its configuration, and who may say what on it.
+"""The bus: the embedded nats-server, the configuration of one of your own, and who may say what on either.
 
     user        may publish                              may subscribe
     collector   stella.raw.>, its beats                  stella.ctl.*.targets, answers
@@ -9,9 +9,10 @@
     operator    requests to JetStream (streams)          stella.beat.>, stella.enriched.>, answers
     reader      nothing                                  stella.beat.>, stella.enriched.>
 
-A client that gives no name is `reader`, so any NATS subscriber on this machine sees the evidence lines and
-can change nothing.  Raw batches hold the arguments of programs before redaction: no user but the enricher's
-and the operator's can read them.  The server listens on loopback only.
+On the embedded server, which listens on loopback only, a client that gives no name is `reader`: any NATS
+subscriber on this machine sees the evidence lines and can change nothing.  On a server that others reach
+(`external`) nobody is anybody without a password.  Raw batches hold the arguments of programs before redaction:
+no user but the enricher's and the operator's can read them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -121,41 +122,47 @@ def choose_port(port: int) -> int:
 def accounts(state: Path) -> dict[str, str]:
     """Return the embedded server's users and passwords, made once and kept in `bus.json` (mode 0600)."""
     path = state / "bus.json"
-    kept: dict[str, BusUser] = {}
-    if path.exists():
-        try:
-            kept = msgspec.json.decode(path.read_bytes(), type=BusUsers).users
-        except (OSError, msgspec.MsgspecError) as e:
-            raise BrokenPromise(f"{path} is no account file: {e}", hint="remove it; it is made again") from None
+    kept = _kept_accounts(path)
     users = {user: kept.get(user) or BusUser(user, secrets.token_hex(24)) for user in USERS}
     write_private(path, msgspec.json.format(msgspec.json.encode(BusUsers(users))) + b"\n")
     return {user: entry.password for user, entry in users.items()}
 
 
-def configuration(port: int, store: Path, passwords: dict[str, str]) -> str:
-    """Return the text of nats.conf.  JSON is a valid form of the server's own format."""
-    users = [
-        {"user": user, "password": password, "permissions": permissions(user)} for user, password in passwords.items()
-    ]
-    # The reader has a password nobody knows: it is reached by giving no name at all.
-    users.append({"user": "reader", "password": secrets.token_hex(24), "permissions": permissions("reader")})
-    return json.dumps(
-        {
-            "listen": f"{LOOPBACK}:{port}",
-            "server_name": "stella",
-            "max_payload": subjects.MAX_PAYLOAD_BYTES,
-            "max_pending": 8 * subjects.MAX_PAYLOAD_BYTES,
-            "jetstream": {
-                "store_dir": str(store),
-                "max_memory_store": 64 << 20,
-                "max_file_store": _STORE_BYTES,
-                "sync_interval": "2m",
-            },
-            "authorization": {"users": users},
-            "no_auth_user": "reader",
+def _kept_accounts(path: Path) -> dict[str, BusUser]:
+    """Return the users that the file `path` has; none when it is not there."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=BusUsers).users
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError) as e:
+        raise BrokenPromise(f"{path} is no account file: {e}", hint="remove it; it is made again") from None
+
+
+def configuration(listen: str, store: Path, passwords: dict[str, str]) -> dict[str, Any]:
+    """Return the content of nats.conf: where it listens, its store, and what each of the users may do."""
+    return {
+        "listen": listen,
+        "server_name": "stella",
+        "max_payload": subjects.MAX_PAYLOAD_BYTES,
+        "max_pending": 8 * subjects.MAX_PAYLOAD_BYTES,
+        "jetstream": {
+            "store_dir": str(store),
+            "max_memory_store": 64 << 20,
+            "max_file_store": _STORE_BYTES,
+            "sync_interval": "2m",
         },
-        indent=2,
-    )
+        "authorization": {
+            "users": [
+                {"user": user, "password": password, "permissions": permissions(user)}
+                for user, password in passwords.items()
+            ]
+        },
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    # JSON is a valid form of the server's own format.
+    write_private(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def prepare(state: Path, port: int) -> tuple[str, list[str]]:
@@ -163,6 +170,39 @@ def prepare(state: Path, port: int) -> tuple[str, list[str]]:
     binary = find_binary()
     port = choose_port(port)
     path = state / "nats" / "nats.conf"
-    text = configuration(port, state / "nats", accounts(state))
-    write_private(path, text.encode() + b"\n")
+    # The reader has a password nobody knows: it is reached by giving no name at all.
+    passwords = {**accounts(state), "reader": secrets.token_hex(24)}
+    content = configuration(f"{LOOPBACK}:{port}", state / "nats", passwords)
+    _write(path, {**content, "no_auth_user": "reader"})
     return f"nats://{LOOPBACK}:{port}", [binary, "--config", str(path)]
+
+
+class External(NamedTuple):
+    """A nats-server of the user's own: where it listens, keeps its streams, is asked for its health, and its TLS."""
+
+    listen: str
+    store: Path
+    monitor: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
+def write_external(folder: Path, server: External) -> None:
+    """Write `nats.conf` and each user's own account file into `folder`; passwords that are there stay.
+
+    An account file (`collector.json`, …) holds that user alone, mode 0600, in the form of `bus.json`: a service
+    that is given its own file cannot speak as another one.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    passwords: dict[str, str] = {}
+    for user in (*USERS, "reader"):
+        kept = _kept_accounts(path := folder / f"{user}.json")
+        account = kept.get(user) or BusUser(user, secrets.token_hex(24))
+        write_private(path, msgspec.json.format(msgspec.json.encode(BusUsers({user: account}))) + b"\n")
+        passwords[user] = account.password
+    content = configuration(server.listen, server.store, passwords)
+    if server.monitor:
+        content["http"] = server.monitor
+    if server.certificate:
+        content["tls"] = {"cert_file": server.certificate, "key_file": server.key, "timeout": 5}
+    _write(folder / "nats.conf", content)

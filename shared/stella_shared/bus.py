@@ -184,9 +184,13 @@ class Bus:
         """
         nc = Client()
 
-        async def quiet(_: Exception) -> None:
+        refused = False
+
+        async def quiet(e: Exception) -> None:
             # Disconnects and slow spells show in heartbeats and counters; the library's default is a traceback.
-            return
+            # At first it is the only one to hear that a server refuses us: `connect` just goes on trying.
+            nonlocal refused
+            refused = refused or "uthorization" in str(e)
 
         deadline = asyncio.get_running_loop().time() + patience_seconds
         while True:
@@ -211,14 +215,14 @@ class Bus:
             except (nats.errors.Error, OSError, TimeoutError) as e:
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(nc.close(), 1.0)
-                if "uthorization" in str(e):
+                if refused or "uthorization" in str(e):
                     raise NotPermitted(
                         f"the NATS server at {url} refuses user {user or '(none)'}",
                         hint="check bus.credentials_file, or the state directory's bus.json",
                     ) from None
                 if asyncio.get_running_loop().time() > deadline:
                     raise TryAgain(
-                        f"no NATS server answers at {url}: {e}",
+                        f"no NATS server answers at {url}: {str(e) or 'time-out'}",
                         hint="start one, or leave bus.url empty to run the embedded server",
                     ) from None
                 await asyncio.sleep(0.1)
@@ -320,9 +324,11 @@ class Bus:
                 await work._start()
                 break
             except (TimeoutError, TryAgain, nats.errors.Error) as e:
-                # The streams are made by whoever starts the node, perhaps a moment from now.
                 if asyncio.get_running_loop().time() > deadline:
                     raise TryAgain(f"stream {stream} is not there: {str(e) or type(e).__name__}") from None
+                # Services that run apart have nobody who makes the streams for them.
+                with contextlib.suppress(TryAgain):
+                    await self.ensure_streams()
                 await asyncio.sleep(0.2)
         watcher = asyncio.create_task(work._watch())
         try:

@@ -30,6 +30,41 @@ def init(output_directory: str | None) -> None:
     initialising.run(remembered("config"), output_directory or remembered("target"))
 
 
+@signals.command("bus-config", short_help="Write the configuration of a NATS server of your own.")
+@everywhere
+@click.option(
+    "--directory", required=True, type=click.Path(file_okay=False), help="Where nats.conf and the account files go."
+)
+@click.option("--listen", default="127.0.0.1:4222", show_default=True, metavar="ADDRESS:PORT", help="For clients.")
+@click.option(
+    "--store-directory",
+    type=click.Path(file_okay=False),
+    help="Where the server keeps its streams. Otherwise `jetstream` in --directory.",
+)
+@click.option("--monitor", default="", metavar="ADDRESS:PORT", help="Where it answers /healthz. Otherwise nowhere.")
+@click.option("--tls-certificate", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-key.")
+@click.option("--tls-key", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-certificate.")
+def bus_config(
+    directory: str, listen: str, *, store_directory: str | None, monitor: str, tls_certificate: str, tls_key: str
+) -> None:
+    """Write the configuration of a NATS server of your own, for services that run apart.
+
+    Beside nats.conf there is one account file for each service and for `operator` and `reader`: give each
+    service its own, as bus.json in its state directory or by signals.bus.credentials_file.
+    Passwords that are there are kept, so it can be run again.
+
+    \b
+    Example:
+      stella signals bus-config --directory /etc/stellaops/bus --listen 0.0.0.0:4222
+    Exit codes: 0 written, 2 wrong use, 3 the directory cannot be written
+    """
+    from stella_cli import bus_files
+
+    bus_files.write(
+        directory, listen, store_directory or "", monitor=monitor, certificate=tls_certificate, key=tls_key
+    )
+
+
 @signals.command(short_help="Run a node until it is stopped.")
 @everywhere
 @click.option("--detach", is_flag=True, help="Return when the node is ready, and leave it running.")

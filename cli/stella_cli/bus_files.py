@@ -1,0 +1,39 @@
+"""`stella signals bus-config`: nats.conf and account files for a NATS server of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stella_cli import nats_server
+from stella_shared.errors import NotPermitted, UsageError
+
+_PORT_MAX = 65535
+
+
+def write(directory: str, listen: str, store: str, *, monitor: str, certificate: str, key: str) -> None:
+    """Write the files, and say which goes where."""
+    for option, value in (("--listen", listen), ("--monitor", monitor)):
+        if value and not _is_address(value):
+            raise UsageError(f"{option} {value} is not ADDRESS:PORT", hint=f"for instance {option} 127.0.0.1:4222")
+    if bool(certificate) != bool(key):
+        raise UsageError("--tls-certificate and --tls-key go together", hint="name both PEM files, or neither")
+    folder = Path(directory).absolute()
+    place = Path(store).absolute() if store else folder / "jetstream"
+    try:
+        nats_server.write_external(folder, nats_server.External(listen, place, monitor, certificate, key))
+    except OSError as e:
+        raise NotPermitted(
+            f"cannot write {e.filename or folder}: {e.strerror}", hint="run as the owner of that directory"
+        ) from None
+    click.echo(f"server    {folder / 'nats.conf'}: nats-server --config {folder / 'nats.conf'}")
+    for user in (*nats_server.USERS, "reader"):
+        click.echo(f"account   {folder / user}.json")
+    click.echo("\nEach service takes its own account file: bus.json in its state directory, or")
+    click.echo("signals.bus.credentials_file; signals.bus.url names the server.")
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(host and colon and port.isdecimal() and 0 < int(port) <= _PORT_MAX)

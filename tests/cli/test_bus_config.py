@@ -1,0 +1,158 @@
+"""`stella signals bus-config`: a NATS server of the user's own, and services that have only each other."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from node_kit import free_port
+
+from stella_cli import commands, nats_server
+from stella_shared import config, subjects
+from stella_shared.bus import Bus
+from stella_shared.errors import NotPermitted, TryAgain
+
+FOLDER_USERS = (*nats_server.USERS, "reader")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def account(folder: Path, service: str) -> dict[str, str]:
+    """Return user and password as a service reads them from its own file."""
+    signals = config.load(None, {}, {"bus.credentials_file": str(folder / f"{service}.json")})
+    user, password = config.bus_user(signals, service)
+    return {"user": user, "password": password}
+
+
+@contextmanager
+def serving(folder: Path, port: int) -> Iterator[None]:
+    """Run a nats-server on what the command wrote, until the block ends."""
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [nats_server.find_binary(), "--config", str(folder / "nats.conf")], stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if not probe.connect_ex(("127.0.0.1", port)):
+                        break
+                subprocess.run(["sleep", "0.05"], check=True)
+            yield
+        finally:
+            process.terminate()
+
+
+def test_each_service_is_given_its_own_password_and_no_other(tmp_path: Path) -> None:
+    """One file for each user, for its owner only; the server's configuration knows them all and no nameless user."""
+    assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path / "bus")])
+    found = {user: account(tmp_path / "bus", user)["password"] for user in FOLDER_USERS}
+    assert len(FOLDER_USERS) == len(set(found.values()))
+    for user in FOLDER_USERS:
+        file = tmp_path / "bus" / f"{user}.json"
+        assert 0o600 == file.stat().st_mode & 0o777
+        assert [user] == list(json.loads(file.read_bytes())["users"])
+    server = json.loads((tmp_path / "bus" / "nats.conf").read_bytes())
+    assert found == {u["user"]: u["password"] for u in server["authorization"]["users"]}
+    assert "no_auth_user" not in server
+
+
+def test_passwords_stay_when_it_is_run_again(tmp_path: Path) -> None:
+    """Services that run already go on; one whose file was removed gets a new password."""
+    command = ["signals", "bus-config", "--directory", str(tmp_path)]
+    assert 0 == commands.run(command)
+    before = {user: account(tmp_path, user) for user in FOLDER_USERS}
+    (tmp_path / "gateway.json").unlink()
+    assert 0 == commands.run(command)
+    after = {user: account(tmp_path, user) for user in FOLDER_USERS}
+    assert {"gateway"} == {user for user in FOLDER_USERS if before[user] != after[user]}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--listen", "4222"], "--listen 4222 is not ADDRESS:PORT"),
+        (["--monitor", "localhost:0"], "--monitor localhost:0 is not ADDRESS:PORT"),
+        (["--tls-key", "key.pem"], "--tls-certificate and --tls-key go together"),
+    ],
+)
+def test_what_no_server_could_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    """The message names the option, and nothing is written."""
+    assert 2 == commands.run(["signals", "bus-config", "--directory", str(tmp_path / "bus"), *options])
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "bus").exists()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("service", "stream", "durable"),
+    [
+        ("enricher", subjects.RAW_STREAM, subjects.RAW_DURABLE),
+        ("signer", subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE),
+    ],
+)
+async def test_a_worker_that_runs_apart_makes_the_streams_itself(
+    tmp_path: Path, service: str, stream: str, durable: str
+) -> None:
+    """On a fresh server nobody has made them; both streams are there once the first worker waits for work."""
+    port = free_port()
+    assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"])
+    with serving(tmp_path, port):
+        async with (
+            Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, service)) as bus,
+            bus.work(stream, durable, filter_subject=f"{stream.replace('_', '.').lower()}.>", max_ack_pending=8),
+            Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, "operator")) as operator,
+        ):
+            for name in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM):
+                assert 0 == await operator.lag_bytes(name, "nobody")
+
+
+@pytest.mark.anyio
+async def test_beyond_loopback_nobody_reads_without_a_password(tmp_path: Path) -> None:
+    """The embedded server lets a nameless reader in; this one does not."""
+    port = free_port()
+    assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"])
+    with serving(tmp_path, port):
+        async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, "reader")) as reader:
+            await reader.ping()
+        with pytest.raises(NotPermitted):
+            async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", patience_seconds=0.0):
+                pass
+
+
+@pytest.mark.anyio
+async def test_a_bus_that_leaves_the_machine_speaks_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a certificate a client that trusts it gets in by tls://, and one that does not is not let in."""
+    port = free_port()
+    certificate, key, other = tmp_path / "server.pem", tmp_path / "server.key", tmp_path / "nobody.pem"
+    other.touch()
+    await anyio.run_process(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+            *("-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+        ],
+    )
+    words = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--listen", f"127.0.0.1:{port}"]
+    assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path / "bus"), *words])
+    with serving(tmp_path / "bus", port):
+        who = account(tmp_path / "bus", "collector")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        async with Bus.connect(f"tls://localhost:{port}", name="test", **who) as bus:
+            await bus.ping()
+        monkeypatch.setenv("SSL_CERT_FILE", str(other))
+        with pytest.raises((OSError, TryAgain)):
+            async with Bus.connect(f"tls://localhost:{port}", name="test", patience_seconds=0.0, **who):
+                pass
