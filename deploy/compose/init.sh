@@ -1,0 +1,36 @@
+#!/bin/sh
+# Makes what a node needs and has not yet: the signing key and the chain, the bus users, the gateway's token.
+# Each volume then belongs to the user that uses it, and each service sees its own bus password alone.
+set -eu
+umask 077
+user=10001:10001
+
+chown "$user" /var/lib/stellaops /var/lib/stellaops/state
+chmod 0755 /var/lib/stellaops
+chmod 0700 /var/lib/stellaops/state
+made=$(setpriv --reuid 10001 --regid 10001 --clear-groups stella signals init)
+printf '%s\n' "$made" | grep -v '^Next: '
+
+# The server's own folder holds every password: it has to know them.
+stella signals bus-config --directory /init/nats --listen 0.0.0.0:4222 --monitor 127.0.0.1:8222 \
+  --store-directory /etc/nats/jetstream >/dev/null
+chown -R "$user" /init/nats
+
+# give SERVICE OWNER FOLDER
+give() {
+  install -m 0600 -o "${2%:*}" -g "${2#*:}" "/init/nats/$1.json" "$3/bus.json"
+  chown "$2" "$3"
+  chmod 0700 "$3"
+}
+give collector 0:0 /init/collector
+give enricher 0:0 /init/enricher
+give gateway "$user" /init/gateway
+give signer "$user" /var/lib/stellaops/state
+
+# Whoever reads the gateway or the evidence on the bus: Prometheus, and the command.
+[ -s /init/token/token ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >/init/token/token
+cp /init/nats/reader.json /init/token/reader.json
+chown -R "$user" /init/token
+chmod 0755 /init/token
+chmod 0444 /init/token/token
+chmod 0400 /init/token/reader.json
