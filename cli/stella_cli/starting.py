@@ -23,7 +23,7 @@ from stella_cli.service_log import Line
 from stella_cli.settings import Settings
 from stella_cli.supervisor import Part, Plan, Supervisor, write_effective_config
 from stella_cli.tailing import lines
-from stella_shared import clock, config
+from stella_shared import clock, config, lifecycle
 from stella_shared.config import Signals
 from stella_shared.errors import (
     BrokenPromise,
@@ -197,7 +197,7 @@ class _Foreground:
         self._say("info", f"check them: {self._verify_command()}")
 
     async def _on_ready(self) -> None:
-        _notify_systemd("READY=1")
+        lifecycle.notify("READY=1")
         if self._ready_fd >= 0:
             waiting = [p.name for p in self._supervisor.parts if p.state != "ready"]
             _tell(self._ready_fd, {"ready": True, "waiting": waiting})
@@ -347,11 +347,3 @@ def _stderr_is_journal() -> bool:
         status = os.fstat(2)
         return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
-
-
-def _notify_systemd(state: str) -> None:
-    """Tell a systemd that waits (Type=notify, sd_notify(3)); otherwise do nothing."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)

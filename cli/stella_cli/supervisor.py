@@ -32,7 +32,7 @@ from stella_cli.node_file import ChildEntry, NodeFile
 from stella_cli.process import Child, Identity
 from stella_cli.service_log import Line, ServiceLog
 from stella_cli.tailing import connected
-from stella_shared import clock
+from stella_shared import clock, lifecycle
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError, TryAgain
@@ -136,6 +136,8 @@ class Supervisor:
         """Ask for an orderly end; asked twice, for one at once."""
         if self._stopping.is_set():
             self._hurry.set()
+        else:
+            lifecycle.notify("STOPPING=1")
         self._stopping.set()
 
     async def run(self, on_ready: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -146,6 +148,7 @@ class Supervisor:
         async with anyio.create_task_group() as tasks, contextlib.AsyncExitStack() as stack:
             tasks.start_soon(self._watch_signals)
             tasks.start_soon(self._follow_logs)
+            tasks.start_soon(_tell_manager)
             try:
                 await self._bring_up(tasks, stack)
                 if not self._stopping.is_set():
@@ -436,6 +439,13 @@ class Supervisor:
                 if not self._hurry.is_set():
                     self._say("warning", f"{part.name} did not end in {STOP_SECONDS:.0f} s and was killed")
                 await part.gone.wait()
+
+
+async def _tell_manager() -> None:
+    """Tell a systemd that watches this node that its supervisor lives; the supervisor itself watches the parts."""
+    while True:
+        lifecycle.notify("WATCHDOG=1")
+        await anyio.sleep(lifecycle.BEAT_SECONDS)
 
 
 def effective_config_path(state: Path) -> Path:
