@@ -27,10 +27,15 @@ give enricher 0:0 /init/enricher
 give gateway "$user" /init/gateway
 give signer "$user" /var/lib/stellaops/state
 
+# secret FILE
+secret() {
+  [ -s "$1" ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$1"
+  chmod 0444 "$1"
+  chmod 0755 "${1%/*}"
+}
 # Whoever reads the gateway or the evidence on the bus: Prometheus, and the command.
-[ -s /init/token/token ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >/init/token/token
+secret /init/token/token
+secret /init/grafana/password
 cp /init/nats/reader.json /init/token/reader.json
 chown -R "$user" /init/token
-chmod 0755 /init/token
-chmod 0444 /init/token/token
 chmod 0400 /init/token/reader.json

@@ -111,6 +111,19 @@ def _unpack(scratch: Path) -> None:
     (scratch / "root").rename(KEPT / "root")
 
 
+def promtool() -> Path:
+    """Return Prometheus's own checker, unpacked from Debian's package: its daemon would take the gateway's port."""
+    program = KEPT / "prometheus/usr/bin/promtool"
+    if not program.exists():
+        KEPT.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=KEPT) as scratch:
+            run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", "prometheus", cwd=scratch)
+            (package,) = Path(scratch).glob("*.deb")
+            run("dpkg", "-x", package, Path(scratch, "root"))
+            Path(scratch, "root").rename(KEPT / "prometheus")
+    return program
+
+
 class Engine:
     """One engine on one data root, started and stopped as often as needed."""
 
