@@ -12,7 +12,7 @@ made=$(setpriv --reuid 10001 --regid 10001 --clear-groups stella signals init)
 printf '%s\n' "$made" | grep -v '^Next: '
 
 # The server's own folder holds every password: it has to know them.
-stella signals bus-config --directory /init/nats --listen 0.0.0.0:4222 --monitor 127.0.0.1:8222 \
+stella signals bus-config --directory /init/nats --listen "${STELLA_BUS_LISTEN:-0.0.0.0:4222}" --monitor 127.0.0.1:8222 \
   --store-directory /etc/nats/jetstream >/dev/null
 chown -R "$user" /init/nats
 
@@ -27,8 +27,9 @@ give enricher 0:0 /init/enricher
 give gateway "$user" /init/gateway
 give signer "$user" /var/lib/stellaops/state
 
-# secret FILE
+# secret FILE, where its volume is mounted
 secret() {
+  [ -d "${1%/*}" ] || return 0
   [ -s "$1" ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$1"
   chmod 0444 "$1"
   chmod 0755 "${1%/*}"
@@ -36,6 +37,6 @@ secret() {
 # Whoever reads the gateway or the evidence on the bus: Prometheus, and the command.
 secret /init/token/token
 secret /init/grafana/password
-cp /init/nats/reader.json /init/token/reader.json
-chown -R "$user" /init/token
-chmod 0400 /init/token/reader.json
+if [ -d /init/token ]; then
+  install -m 0400 -o "${user%:*}" -g "${user#*:}" /init/nats/reader.json /init/token/reader.json
+fi
