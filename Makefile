@@ -12,13 +12,15 @@ BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-ve
 TEST_PACKAGES := docker.io podman busybox-static iproute2 bpftool openssl softhsm2 strace
 # Whose answers about symbols ours are held to, and what makes programs for it.
 TEST_PACKAGES += binutils g++ musl-tools libc6-dbg
+# The engine that runs deploy/ is unpacked, not installed, and these run it; systemd's own checker of units.
+TEST_PACKAGES += iptables mmdebstrap runc systemd
 # Node may have come another way than from Debian.
 TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,nodejs npm)
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
 .PHONY: up demo install test crash-matrix fuzz lint check bench soak bench-signing bench-verify bench-redaction bench-symbols bench-containers bench-functions \
-	reference lock clean system-build system-test
+	reference sbom lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -115,11 +117,16 @@ bench-containers: install system-test
 reference: install
 	$(BIN)/python -m stella_cli.reference docs/reference
 
+# What each image is made of, one CycloneDX document for each, from the pinned packages of its extra.
+sbom: install
+	@$(BIN)/cyclonedx-py --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q --disable-pip-version-check '$(shell sed -n 's/^sbom = \["\(.*\)"\]/\1/p' pyproject.toml)'
+	sh deploy/sbom.sh sbom $(BIN)/python
+
 # Rewrites requirements.lock from the ranges in pyproject.toml.
 lock: $(BIN)/python
 	$(BIN)/python -m pip install -q '.[all,test]'
 	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip --exclude atheris > requirements.lock
 
 clean:
-	rm -rf $(VENV) dist tests/sigstore/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist sbom tests/deploy/.engine tests/sigstore/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	$(MAKE) -s -C bpf clean

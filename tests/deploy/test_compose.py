@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,16 +146,11 @@ def eventually(what: str, look: Callable[[], T], seconds: float = 30.0) -> T:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    """An engine, not running, whose data root holds the images as deploy/compose builds them."""
-    if reason := kit.lacking():
-        pytest.skip(f"containers are not tested: {reason}")
-    kit.fetch()
-    with tempfile.TemporaryDirectory(prefix="stella-compose-", dir="/var/tmp") as folder, kit.clean_cgroups(WATCHED):
-        engine = Engine(Path(folder))
+def images(engine: Engine) -> Iterator[Engine]:
+    """The engine, not running, with the images as deploy/compose builds them."""
+    with kit.clean_cgroups(WATCHED):
         with engine.running(bridges=False):
-            engine.import_base()
-            Node(engine, Path(folder)).compose("build", timeout=300)
+            Node(engine, engine.folder).compose("build", timeout=300)
         yield engine
 
 
@@ -177,11 +171,11 @@ def signed_lines(node: Node, work: Workload) -> ChainReport:
 
 
 def test_what_a_container_did_is_signed_by_a_node_of_containers_and_a_restart_continues_the_chain(
-    engine: Engine,
+    images: Engine,
 ) -> None:
     """Images from the tree, `up`, a signed event of a named container, `down`, `up` with two enricher containers."""
-    with brought_up(engine) as node:
-        work = Workload(engine, "/etc/hostname")
+    with brought_up(images) as node:
+        work = Workload(images, "/etc/hostname")
         first = signed_lines(node, work)
         is_confined(node)
         assert "Chain Status: ✓ VALID" in node.stella("verify-chain", "/var/lib/stellaops/evidence")
@@ -190,7 +184,7 @@ def test_what_a_container_did_is_signed_by_a_node_of_containers_and_a_restart_co
 
         node.up("--scale", "enricher=2")
         eventually("two enrichers beat", lambda: 2 == len(services(node.status(), "enricher")))
-        again = Workload(engine, "/etc/passwd")
+        again = Workload(images, "/etc/passwd")
         second = signed_lines(node, again)
         node.down()
     last = node.verified()
@@ -244,9 +238,9 @@ def is_confined(node: Node) -> None:
 
 
 @pytest.mark.parametrize("layout", [layout for layout in kit.layouts() if layout != "host"])
-def test_it_is_the_same_where_cgroup_v2_stands_alone(engine: Engine, layout: Layout) -> None:
+def test_it_is_the_same_where_cgroup_v2_stands_alone(images: Engine, layout: Layout) -> None:
     """As most machines have it: containers have cgroup namespaces of their own, and are named all the same."""
-    with brought_up(engine, layout=layout) as node:
-        work = Workload(engine, "/etc/group")
+    with brought_up(images, layout=layout) as node:
+        work = Workload(images, "/etc/group")
         signed_lines(node, work)
         node.down("--volumes")
