@@ -1,7 +1,8 @@
-"""One engine for the whole folder: what is built for one test serves the others."""
+"""One engine for the whole folder, with everything built that its tests run."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,20 @@ import pytest
 from tests.deploy import engine as kit
 from tests.deploy.engine import Engine
 
+COMPOSE = Path(__file__).parents[2] / "deploy" / "compose"
+TARGETS = ("nats", "collector", "enricher", "gateway", "signer", "cli")
+#: A machine on which everything is installed as docs/deployment.md says, and systemd runs.
+MACHINE = """
+FROM packages AS machine
+RUN apt-get update && apt-get install -y --no-install-recommends systemd systemd-sysv libelf1
+RUN --mount=type=cache,target=/root/.cache/pip sh /install.sh collector,enricher,signer,gateway,cli all
+CMD ["/lib/systemd/systemd"]
+"""
+
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """An engine, not running, whose data root holds the base image.  What it lacks is told and skips the test."""
+    """An engine, not running, whose data root holds our images.  What the machine lacks is told and skips the test."""
     if reason := kit.lacking():
         pytest.skip(f"no container engine of our own: {reason}")
     kit.fetch()
@@ -23,4 +34,26 @@ def engine() -> Iterator[Engine]:
         engine = Engine(Path(folder))
         with engine.running(bridges=False):
             engine.import_base()
+            build_all(engine)
         yield engine
+
+
+def build_all(engine: Engine) -> None:
+    """Build every image from the shipped Dockerfile, side by side: compose would build them one after the other."""
+    dockerfile = engine.folder / "Dockerfile"
+    dockerfile.write_text((COMPOSE / "Dockerfile").read_text() + MACHINE)
+    shutil.copy(COMPOSE / "Dockerfile.dockerignore", engine.folder)
+    words = ("build", "--quiet", "--network", "host", "--file", dockerfile)
+    builds = [
+        engine.start_docker(*words, "--target", target, "--tag", f"stella-signals/{target}", COMPOSE.parents[1])
+        for target in (*TARGETS, "machine")
+    ]
+    try:
+        for build in builds:
+            _, said = build.communicate(timeout=300)
+            assert 0 == build.returncode, said[-4000:]
+    finally:
+        for build in builds:
+            if build.poll() is None:
+                build.terminate()
+                build.communicate()

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from tests.system.node import cgroup_root
 
 KEPT = Path(__file__).with_name(".engine")
-PACKAGES = ("docker.io", "docker-cli", "containerd", "docker-compose")
+PACKAGES = ("docker.io", "docker-cli", "containerd", "docker-buildx", "docker-compose")
 PROGRAMS = ("apt-get", "dpkg", "ip", "iptables", "mmdebstrap", "nsenter", "runc", "unshare")
 BASE = "python:3.11-slim-bookworm"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -147,6 +147,13 @@ class Engine:
     def docker(self, *words: str | Path, timeout: float = 120.0, **options: Any) -> str:
         """Run one docker command and return what it printed."""
         return run(KEPT / "root/usr/bin/docker", *words, timeout=timeout, env=self.environment, **options)
+
+    def start_docker(self, *words: str | Path) -> subprocess.Popen[str]:
+        """Start one docker command; its output waits in pipes."""
+        command = [KEPT / "root/usr/bin/docker", *words]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
+        )
 
     def import_base(self) -> None:
         """Make the local stand-in for the official base image, which trusts what this machine trusts."""

@@ -41,7 +41,7 @@ T = TypeVar("T")
 class Node:
     """The compose project on a running engine."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: Engine, folder: Path, *, cgroup: str = "host") -> None:
         self.engine = engine
         self.config = folder / "stellaops.yaml"
         signals = yaml.safe_load((COMPOSE / "stellaops.yaml").read_text())["signals"]
@@ -55,6 +55,8 @@ class Node:
         for name in (*BUILT, "stella"):
             if name != "nats":
                 services.setdefault(name, {}).update(mounted)
+        for name in ("collector", "enricher"):
+            services[name]["cgroup"] = cgroup
         self.override = folder / "override.yaml"
         self.override.write_text(yaml.safe_dump({"services": services}))
         self.volumes = engine.data / "volumes"
@@ -131,7 +133,7 @@ class Workload:
     def __init__(self, engine: Engine, path: str) -> None:
         self.path = path
         script = f"while :; do : <{path}; sleep 0.2; done"
-        words = ("--network", "none", "--cgroup-parent", f"/{WATCHED}", "--stop-timeout", "0")
+        words = ("--pull", "never", "--network", "none", "--cgroup-parent", f"/{WATCHED}", "--stop-timeout", "0")
         self.id = engine.docker("run", "--detach", *words, "--entrypoint", "sh", kit.BASE, "-c", script).strip()
         self.image = engine.docker("inspect", "-f", "{{.Image}}", self.id).strip()
 
@@ -147,10 +149,10 @@ def eventually(what: str, look: Callable[[], T], seconds: float = 30.0) -> T:
 
 @pytest.fixture(scope="module")
 def images(engine: Engine) -> Iterator[Engine]:
-    """The engine, not running, with the images as deploy/compose builds them."""
+    """The engine, not running, with the images as the compose file builds them, which finds all of it done."""
     with kit.clean_cgroups(WATCHED):
         with engine.running(bridges=False):
-            Node(engine, engine.folder).compose("build", timeout=300)
+            Node(engine, engine.folder).compose("build", timeout=120)
         yield engine
 
 
@@ -200,11 +202,11 @@ def services(status: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def brought_up(engine: Engine, *, layout: Layout = "host") -> Iterator[Node]:
+def brought_up(engine: Engine, *, layout: Layout = "host", cgroup: str = "host") -> Iterator[Node]:
     """Give a node whose containers are all up, on a running engine.  What it leaves is removed at the end."""
     with engine.running(bridges=True, layout=layout):
         try:
-            node = Node(engine, engine.folder)
+            node = Node(engine, engine.folder, cgroup=cgroup)
             node.up()
             yield node
             # The collector that was told to stop has closed its books.
@@ -239,8 +241,8 @@ def is_confined(node: Node) -> None:
 
 @pytest.mark.parametrize("layout", [layout for layout in kit.layouts() if layout != "host"])
 def test_it_is_the_same_where_cgroup_v2_stands_alone(images: Engine, layout: Layout) -> None:
-    """As most machines have it: containers have cgroup namespaces of their own, and are named all the same."""
-    with brought_up(images, layout=layout) as node:
+    """As most machines have it; and with cgroup namespaces of their own for our containers, as in Kubernetes."""
+    with brought_up(images, layout=layout, cgroup="private") as node:
         work = Workload(images, "/etc/group")
         signed_lines(node, work)
         node.down("--volumes")

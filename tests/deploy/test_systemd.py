@@ -29,11 +29,6 @@ EXPOSURE = {"stellaops-signals": 4.0, "stellaops-collector": 3.0, "stellaops-enr
 EXPOSURE_OF_OTHERS = 1.6
 #: linux/capability.h
 CAPABILITIES = {"collector": 1 << 39 | 1 << 38 | 1 << 19 | 1 << 2, "enricher@1": 1 << 19 | 1 << 2}
-DOCKERFILE = """FROM packages
-RUN --mount=type=cache,target=/root/.cache/pip sh /install.sh collector,enricher,signer,gateway,cli all
-RUN apt-get update && apt-get install -y --no-install-recommends systemd systemd-sysv libelf1
-CMD ["/lib/systemd/systemd"]
-"""
 
 
 def settings(unit: Path) -> dict[str, list[str]]:
@@ -112,9 +107,21 @@ class Machine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.id = engine.docker(
-            *("run", "--detach", "--privileged", "--cgroupns", "host", "--network", "none", "--tmpfs", "/run"),
+            *(
+                "run",
+                "--detach",
+                "--pull",
+                "never",
+                "--privileged",
+                "--cgroupns",
+                "host",
+                "--network",
+                "none",
+                "--tmpfs",
+                "/run",
+            ),
             *("--volume", "/sys/fs/cgroup:/sys/fs/cgroup", "--volume", f"{FOLDER}:/units:ro"),
-            *("--volume", "/sys/kernel/tracing:/sys/kernel/tracing", "stella-systemd"),
+            *("--volume", "/sys/kernel/tracing:/sys/kernel/tracing", "stella-signals/machine"),
         ).strip()
         for _ in range(100):
             with contextlib.suppress(AssertionError):
@@ -158,23 +165,14 @@ class Machine:
 @pytest.fixture(scope="module")
 def machine(engine: Engine) -> Iterator[Machine]:
     """A running machine with everything installed and nothing started."""
-    with kit.clean_cgroups():
-        with engine.running(bridges=False):
-            build = ("build", "--quiet", "--network", "host")
-            dockerfile = ROOT / "deploy" / "compose" / "Dockerfile"
-            engine.docker(*build, "--target", "packages", "-t", "packages", "-f", dockerfile, ROOT, timeout=300)
-            context = engine.folder / "context"
-            context.mkdir()
-            (context / "Dockerfile").write_text(DOCKERFILE)
-            engine.docker(*build, "-t", "stella-systemd", context, timeout=300)
-        # systemd wants cgroup v2 alone.
-        with engine.running(bridges=True, layout=kit.layouts()[-1]):
-            try:
-                machine = Machine(engine)
-                machine.install()
-                yield machine
-            finally:
-                engine.remove()
+    # systemd wants cgroup v2 alone.
+    with kit.clean_cgroups(), engine.running(bridges=True, layout=kit.layouts()[-1]):
+        try:
+            machine = Machine(engine)
+            machine.install()
+            yield machine
+        finally:
+            engine.remove()
 
 
 @pytest.mark.engine
