@@ -14,11 +14,17 @@ from tests.deploy.engine import Engine
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose"
 TARGETS = ("nats", "collector", "enricher", "gateway", "signer", "cli")
-#: A machine on which everything is installed as docs/deployment.md says, and systemd runs.
+#: A machine on which everything is installed as docs/deployment.md says, out of the other images, and systemd runs.
 MACHINE = """
-FROM packages AS machine
+FROM runtime AS machine
 RUN apt-get update && apt-get install -y --no-install-recommends systemd systemd-sysv libelf1
-RUN --mount=type=cache,target=/root/.cache/pip sh /install.sh collector,enricher,signer,gateway,cli all
+COPY --from=collector-packages /opt/stella /opt/stella
+COPY --from=enricher-packages /opt/stella /opt/stella
+COPY --from=signer-packages /opt/stella /opt/stella
+COPY --from=gateway-packages /opt/stella /opt/stella
+COPY --from=cli-packages /opt/stella /opt/stella
+COPY --from=nats-packages /usr/local/bin/nats-server /opt/stella/bin/nats-server
+HEALTHCHECK NONE
 CMD ["/lib/systemd/systemd"]
 """
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.system.node import cgroup_root
+from stella_collector.targets import hierarchies
 
 KEPT = Path(__file__).with_name(".engine")
 PACKAGES = ("docker.io", "docker-cli", "containerd", "docker-buildx", "docker-compose")
@@ -31,6 +31,11 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 V1_ROOT = Path("/sys/fs/cgroup")
 
 Layout = Literal["host", "v2"]
+
+
+def cgroup_root() -> Path:
+    """Return where cgroup v2 is mounted."""
+    return next(h.root for h in hierarchies() if not h.flag)
 
 
 def lacking() -> str:
