@@ -10,7 +10,7 @@ mkdir -p "$folder"
 (cd "$here" && "$python" -m hatchling build -t wheel -d "$scratch" >/dev/null 2>&1)
 
 # image:extras, as in deploy/compose/Dockerfile; the bus's image holds one package, which is no Python.
-for image in collector:collector enricher:enricher signer:signer,hsm gateway:gateway cli:cli,signer; do
+for image in collector:collector enricher:enricher signer:signer,hsm gateway:gateway cli:cli,signer,hsm; do
   name=${image%%:*}
   "$python" -m venv --without-pip "$scratch/$name"
   "$python" -m pip --python "$scratch/$name/bin/python" install -q --disable-pip-version-check \
