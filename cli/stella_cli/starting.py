@@ -153,11 +153,10 @@ def _require_gateway_port(signals: config.Signals) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Return the parts' environment: ours, without what the effective configuration has taken in already."""
+    """Return the parts' environment: ours, without what the configuration has taken in, and what is meant for us."""
+    ours = ("NOTIFY_SOCKET", "JOURNAL_STREAM", lifecycle.HEALTH_FILE)
     return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("STELLA_SIGNALS") and name not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")
+        name: value for name, value in os.environ.items() if not name.startswith("STELLA_SIGNALS") and name not in ours
     }
 
 

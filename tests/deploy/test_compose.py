@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+from stella_shared import config
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
 from tests.deploy import engine as kit
@@ -246,3 +247,19 @@ def test_it_is_the_same_where_cgroup_v2_stands_alone(images: Engine, layout: Lay
         work = Workload(images, "/etc/group")
         signed_lines(node, work)
         node.down("--volumes")
+
+
+def test_compose_takes_the_overlays_and_the_profiles(engine: Engine) -> None:
+    """What is added for uprobes is one capability and two probes; the profile adds two services, bound to loopback."""
+    files = ("-f", COMPOSE / "compose.yaml", "-f", COMPOSE / "compose.uprobes.yaml")
+    words = ("--profile", "observability", "config", "--format", "json")
+    services = json.loads(engine.docker("compose", *files, *words))["services"]
+    assert {*CAPABILITIES["collector"], "SYS_ADMIN"} == set(services["collector"]["cap_add"])
+    signals = config.load(COMPOSE / "stellaops.yaml", services["collector"]["environment"])
+    assert signals.probes.openssl_read
+    assert signals.probes.openssl_write
+    assert {*CAPABILITIES, "init", "prometheus", "grafana"} == set(services)
+    for service in services.values():
+        assert {"127.0.0.1"} >= {port["host_ip"] for port in service.get("ports", [])}
+        assert "ALL" in service["cap_drop"]
+        assert not {"memlock", "nofile"} & set(service.get("ulimits", {}))
