@@ -51,10 +51,10 @@ def fake_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own.mkdir(parents=True)
     for unit in [*UNITS, *FOLDER.glob("*.target")]:
         shutil.copy(unit, own)
-    (root / "opt/stella/bin").mkdir(parents=True)
-    for program in ("python", "stella", "nats-server"):
-        (root / "opt/stella/bin" / program).write_text("#!/bin/sh\n")
-        (root / "opt/stella/bin" / program).chmod(0o755)
+    for program in ("opt/stella/bin/python", "opt/stella/bin/stella", "opt/stella/bin/nats-server", "bin/sh"):
+        (root / program).parent.mkdir(parents=True, exist_ok=True)
+        (root / program).write_text("#!/bin/sh\n")
+        (root / program).chmod(0o755)
     return root
 
 
@@ -209,7 +209,9 @@ def test_each_part_works_in_its_sandbox_and_the_whole_node_goes_on_with_the_chai
 
     machine.sh("systemctl start stellaops-signals")
     assert "active" == machine.show("signals", "ActiveState"), machine.journal()
+    machine.sh("systemctl reload stellaops-signals")
     time.sleep(2)
+    assert "configuration taken up" in machine.journal()
     machine.sh("systemctl stop stellaops-signals")
     assert "success" == machine.show("signals", "Result"), machine.journal()
     second = json.loads(machine.sh(verify))
