@@ -60,9 +60,7 @@ def bus_config(
     """
     from stella_cli import bus_files
 
-    bus_files.write(
-        directory, listen, store_directory or "", monitor=monitor, certificate=tls_certificate, key=tls_key
-    )
+    bus_files.write(directory, listen, store_directory or "", monitor=monitor, certificate=tls_certificate, key=tls_key)
 
 
 @signals.command(short_help="Run a node until it is stopped.")
