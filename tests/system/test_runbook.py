@@ -38,6 +38,8 @@ KILL = next(line for line in PAGE.splitlines() if line.startswith("kill -9 "))
 NOT_RUN = {
     "journalctl": "the node under test is no systemd unit",
     "coredumpctl": "the same",
+    "systemctl": "the same; tests/deploy/test_systemd.py has units",
+    "docker compose": "needs an engine; tests/deploy/test_compose.py has one",
     "curl https://rekor.example": "a name that stands for your log",
     "git pull": "the tree is what is tested",
     "make install": "the same",
