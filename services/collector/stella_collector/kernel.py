@@ -208,15 +208,22 @@ def _mount(kind: str, where: Path) -> None:
 
 def ensure_mounts() -> None:
     """Mount tracefs and the bpf file system where they are missing and we may."""
-    if not (TRACEFS / "events").is_dir():
+    if not tracefs_ready():
         _mount("tracefs", TRACEFS)
     if BPFFS.is_dir() and not os.path.ismount(BPFFS):
         _mount("bpf", BPFFS)
 
 
 def tracefs_ready() -> bool:
-    """Whether tracepoints can be found."""
-    return (TRACEFS / "events").is_dir() or Path("/sys/kernel/debug/tracing/events").is_dir()
+    """Whether tracepoints can be found, for all we are allowed to see: to most users tracefs is closed."""
+    return _may_be(TRACEFS / "events") or _may_be(Path("/sys/kernel/debug/tracing/events"))
+
+
+def _may_be(directory: Path) -> bool:
+    try:
+        return directory.is_dir()
+    except PermissionError:
+        return directory == TRACEFS / "events"
 
 
 def sha256_of(path: Path) -> str:
