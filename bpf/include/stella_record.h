@@ -2,7 +2,7 @@
 /*
  * What the kernel side and user space share: records in the ring, lanes, configuration.
  *
- * User space decodes these in stella_shared/events.py and stella_collector/kernel.py; a test compares both
+ * User space decodes these in stella_shared/kernel_records.py and stella_collector/kernel.py; a test compares both
  * with the BTF of the built object, so a change here that is not made there fails.
  * Little-endian, natural alignment, no padding that is not named.
  */

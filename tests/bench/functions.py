@@ -26,7 +26,7 @@ from stella_collector.binaries.reader import Reader
 from stella_collector.binaries.watch import Binaries
 from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
-from stella_shared import events
+from stella_shared import kernel_records, raw_batches
 from tests.collector.conftest import signals_of
 from tests.collector.functions_kit import compiled, entry, heeding
 from tests.system.node import Cgroup
@@ -165,9 +165,9 @@ def cost(program: Path, words: list[str], cgroup: Cgroup | None, kernel: Kernel 
         assert kernel is not None
         while not stop.wait(0.005):
             drained = kernel.ring.drain(1 << 20)
-            for record in events.records(drained.records):
-                if record.type == events.FUNCTION_CALL and words[1].encode() in record.body:
-                    recorded += events.FUNCTION_CALL_BODY.unpack_from(record.body)[1]
+            for record in raw_batches.records(drained.records):
+                if record.type == kernel_records.FUNCTION_CALL and words[1].encode() in record.body:
+                    recorded += kernel_records.FUNCTION_CALL_BODY.unpack_from(record.body)[1]
 
     process.stdin.write(b"x")
     process.stdin.flush()

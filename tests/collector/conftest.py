@@ -16,7 +16,7 @@ from stella_collector import targets
 from stella_collector.accounting import Accountant, decode_counters
 from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
-from stella_shared import clock, config, events
+from stella_shared import clock, config, events, kernel_records, raw_batches
 from stella_shared.config import Signals
 from stella_shared.wire import Ledger, ledger_faults
 from tests.system.node import Cgroup
@@ -50,14 +50,14 @@ def signals_of(**keys: Any) -> Signals:
 class Watched:
     """What became of the processes that ran: decoded records, and the ledger that covers all of them."""
 
-    def __init__(self, kernel: Kernel, records: list[events.Record], ledger: Ledger) -> None:
+    def __init__(self, kernel: Kernel, records: list[raw_batches.Record], ledger: Ledger) -> None:
         self.kernel = kernel
         self.records = records
         self.ledger = ledger
 
     def events(self, *types: type[Any]) -> list[Any]:
         """Return the events of these types, in the order of their numbers."""
-        decoded = [events.decode_event(r.type, r.call, r.body, self.kernel.libraries) for r in self.records]
+        decoded = [kernel_records.decode_event(r.type, r.call, r.body, self.kernel.libraries) for r in self.records]
         return [event for event in decoded if not types or isinstance(event, types)]
 
     def paths(self) -> list[str]:
@@ -76,7 +76,7 @@ class Watch:
         self.accountant = Accountant(self.kernel.lanes)
         self.accountant.begin(clock.boottime_ns())
         self.kernel.attach()
-        self.records: list[events.Record] = []
+        self.records: list[raw_batches.Record] = []
         self.ledgers: list[Ledger] = []
 
     def python(self, code: str, *arguments: str | Path, check: bool = True) -> str:
@@ -104,7 +104,7 @@ class Watch:
             last=last,
         )
         assert [] == ledger_faults(ledger)
-        self.records += events.records(drained.records)
+        self.records += raw_batches.records(drained.records)
         self.ledgers.append(ledger)
         self.left = drained.left
 

@@ -17,7 +17,8 @@ from stella_collector import kernel
 from stella_collector.accounting import decode_counters
 from stella_collector.binaries import file_probes
 from stella_collector.libbpf import Program
-from stella_shared.events import PROCESS_EXEC, FunctionCall
+from stella_shared.events import FunctionCall
+from stella_shared.kernel_records import PROCESS_EXEC
 from tests.collector.conftest import Watch
 from tests.collector.functions_kit import CALLER, build_id_of, calls, compiled, entry, heeding, offset_of, wait_for
 

@@ -15,8 +15,9 @@ import pytest
 
 from stella_collector import naming, targets
 from stella_collector.naming import KernelProgram, Namer, Question, read_build_id
-from stella_shared import events
-from stella_shared.events import FileOpen, ProcessExec, Record
+from stella_shared import events, raw_batches
+from stella_shared.events import FileOpen, ProcessExec
+from stella_shared.raw_batches import Record
 from stella_shared.wire import Program
 from tests.collector.conftest import Watch, Watched
 from tests.enricher.record_maker import file_open, record
@@ -363,10 +364,12 @@ def test_where_only_cgroup_v1_tells_it_is_asked(watch: Start, tmp_path: Path) ->
 # ---- names for batches
 
 
-def names_of(key: int, pid: int, start_ns: int) -> events.Names:
+def names_of(key: int, pid: int, start_ns: int) -> raw_batches.Names:
     """Return what a batch of one record of this program asks for."""
-    packed = events.pack_batch([record(1, 1, file_open(b"/x"), program=key, tgid=pid, start_ns=start_ns, cgroup=5)])
-    return events.names(packed)
+    packed = raw_batches.pack_batch(
+        [record(1, 1, file_open(b"/x"), program=key, tgid=pid, start_ns=start_ns, cgroup=5)]
+    )
+    return raw_batches.names(packed)
 
 
 def kernel_program(path: str, flags: int = 0) -> KernelProgram:

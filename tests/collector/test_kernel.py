@@ -18,7 +18,7 @@ from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
 from stella_collector.probe_cost import WORK
 from stella_collector.targets import hierarchies
-from stella_shared import events
+from stella_shared import raw_batches
 from stella_shared.events import FileOpen, NetConnect, ProcessExec, TcpState
 from tests.collector.conftest import Watch, signals_of
 from tests.system.node import Cgroup, build_generator
@@ -380,7 +380,7 @@ def test_both_readers_bring_the_same(cgroup: Cgroup, tmp_path: Path, monkeypatch
         mine = os.fsencode(tmp_path / "x")
 
         def opens(*drains: ring.Drained) -> list[tuple[int, bytes]]:
-            rows = [r for drained in drains for r in events.records(drained.records)]
+            rows = [r for drained in drains for r in raw_batches.records(drained.records)]
             return [(r.call, r.body) for r in rows if r.type == 1 and mine in r.body]
 
         assert 199 == len(opens(whole))

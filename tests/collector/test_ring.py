@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stella_collector.accounting import UPROBE_KIND
 from stella_collector.ring import CRing
 from stella_shared.errors import BrokenPromise
-from stella_shared.events import RECORD_HEADER, pack_batch, records, unpack_batch
+from stella_shared.kernel_records import RECORD_HEADER
+from stella_shared.raw_batches import pack_batch, records, unpack_batch
 from stella_shared.wire import LANE_KINDS
 
 PAGE = mmap.PAGESIZE

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stella_collector.kernel import BPFFS
-from stella_shared import events, subjects
+from stella_shared import kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RawBatch, decode_raw, ledger_faults
 from tests.shared.nats_kit import Server, serving
@@ -108,7 +108,7 @@ def books(run: list[RawBatch]) -> tuple[dict[int, int], int, Counter[str]]:
         for row in batch.ledger.lanes:
             assert row.first == at.get(row.lane, 0), "rows continue exactly"
             at[row.lane] = row.next
-        counted = Counter(r.lane for r in events.records(batch.records))
+        counted = Counter(r.lane for r in raw_batches.records(batch.records))
         assert {row.lane: row.recorded for row in batch.ledger.lanes if row.recorded} == dict(counted)
         recorded += sum(counted.values())
         lost.update(batch.ledger.lost)
@@ -183,7 +183,7 @@ async def test_a_clean_stop_settles_everything(collector: Collector, server: Ser
         found = await batches(bus, final=1)
     _, _, lost = books(found)
     assert {} == dict(lost)
-    opened = [r for batch in found for r in events.records(batch.records) if r.type == events.FILE_OPEN]
+    opened = [r for batch in found for r in raw_batches.records(batch.records) if r.type == kernel_records.FILE_OPEN]
     mine = [r for r in opened if os.fsencode(collector.work) in r.body]
     assert 500 == len(mine)
     assert b"sys_enter_openat" in found[0].coverage

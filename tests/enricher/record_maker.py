@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from stella_shared import events
+from stella_shared import kernel_records, raw_batches
 from stella_shared.wire import RAW_VERSION, LaneRow, Ledger, Program, RawBatch
 
 U16 = st.integers(0, 2**16 - 1)
@@ -59,9 +59,9 @@ def record(
 ) -> bytes:
     """Return one record as it stands in a batch."""
     padded = body + b"\0" * (-len(body) % 8)
-    size = events.RECORD_HEADER.size + len(padded)
+    size = kernel_records.RECORD_HEADER.size + len(padded)
     who = (cgroup, start_ns, program, tgid, tid, uid, lane)
-    return events.RECORD_HEADER.pack(ts, seq, *who, kind, call, size, comm) + padded
+    return kernel_records.RECORD_HEADER.pack(ts, seq, *who, kind, call, size, comm) + padded
 
 
 def file_open(
@@ -82,11 +82,11 @@ def file_open(
 ) -> bytes:
     """Return the body of a file_open; `walked` says what `walked_path` is (enum stella_walked)."""
     return (
-        events.FILE_OPEN_BODY.pack(
+        kernel_records.FILE_OPEN_BODY.pack(
             result, flags, resolve, inode, mode, dfd, device, len(path), len(walked_path), status, walked,
             walked_flags, len(frames), 0,
         )
-        + path + walked_path + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames)
+        + path + walked_path + b"".join(kernel_records.STACK_FRAME.pack(*frame) for frame in frames)
     )  # fmt: skip
 
 
@@ -106,14 +106,15 @@ def process_exec(
     frames: tuple[tuple[int, bytes, int], ...] = (),
 ) -> bytes:
     """Return the body of a process_exec; `ancestors` are (pid, start_ns, comm)."""
-    rows = [events.ANCESTOR.pack(start_ns, pid, 0, comm) for pid, start_ns, comm in ancestors]
+    rows = [kernel_records.ANCESTOR.pack(start_ns, pid, 0, comm) for pid, start_ns, comm in ancestors]
     return (
-        events.PROCESS_EXEC_BODY.pack(
+        kernel_records.PROCESS_EXEC_BODY.pack(
             inode, device, total, len(filename), len(interpreter), len(argv), len(directory), name_status,
             argv_status, directory_flags, len(rows), len(frames),
         )
-        + b"".join(rows).ljust(events.ANCESTORS_MAX * events.ANCESTOR.size, b"\0")
-        + filename + interpreter + argv + directory + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames)
+        + b"".join(rows).ljust(kernel_records.ANCESTORS_MAX * kernel_records.ANCESTOR.size, b"\0")
+        + filename + interpreter + argv + directory
+        + b"".join(kernel_records.STACK_FRAME.pack(*frame) for frame in frames)
     )  # fmt: skip
 
 
@@ -133,16 +134,16 @@ def net_connect(
     local: bytes,
 ) -> bytes:
     """Return the body of a net_connect; those of uprobes have room for a path and frames behind it."""
-    fixed = events.NET_CONNECT_BODY.pack(
+    fixed = kernel_records.NET_CONNECT_BODY.pack(
         result, fd, family, port, local_port, len(path), status, abstract, len(frames), 0, address, local
     )
-    room = path if call < 8 else path.ljust(events.NET_PATH_BYTES, b"\0")
-    return fixed + room + b"".join(events.STACK_FRAME.pack(*f) for f in frames)
+    room = path if call < 8 else path.ljust(kernel_records.NET_PATH_BYTES, b"\0")
+    return fixed + room + b"".join(kernel_records.STACK_FRAME.pack(*f) for f in frames)
 
 
 FRAMES = st.lists(st.tuples(st.integers(0, 2), st.binary(min_size=20, max_size=20), U64), max_size=8)
 OPENS = st.tuples(
-    st.just(events.FILE_OPEN),
+    st.just(kernel_records.FILE_OPEN),
     st.integers(0, 2),
     st.builds(
         file_open, NAMES, result=S64, flags=st.one_of(st.integers(0, 0o17777777), U64),
@@ -159,7 +160,7 @@ TELLING = st.sampled_from(
 )  # fmt: skip
 ARGV = st.lists(st.one_of(NAMES, TELLING), max_size=6).map(lambda words: b"".join(word + b"\0" for word in words))
 EXECS = st.tuples(
-    st.just(events.PROCESS_EXEC),
+    st.just(kernel_records.PROCESS_EXEC),
     st.just(3),
     st.builds(
         process_exec, NAMES, st.one_of(st.just(b""), NAMES), ARGV,
@@ -169,16 +170,16 @@ EXECS = st.tuples(
     ),
 )  # fmt: skip
 STATES = st.tuples(
-    st.just(events.TCP_STATE),
+    st.just(kernel_records.TCP_STATE),
     st.just(4),
     st.builds(
-        events.TCP_STATE_BODY.pack, FAMILIES, U16, U16, st.integers(0, 15), st.integers(0, 15), ADDRESSES, ADDRESSES,
-        st.integers(0, 2), st.just(0),
+        kernel_records.TCP_STATE_BODY.pack, FAMILIES, U16, U16, st.integers(0, 15), st.integers(0, 15), ADDRESSES,
+        ADDRESSES, st.integers(0, 2), st.just(0),
     ),
 )  # fmt: skip
 CONNECTS = st.integers(5, 10).flatmap(
     lambda call: st.tuples(
-        st.just(events.NET_CONNECT),
+        st.just(kernel_records.NET_CONNECT),
         st.just(call),
         st.builds(
             net_connect,
@@ -198,29 +199,29 @@ CONNECTS = st.integers(5, 10).flatmap(
     )
 )
 TLS = st.tuples(
-    st.just(events.SSL_OP),
+    st.just(kernel_records.SSL_OP),
     st.integers(11, 14),
-    st.builds(events.SSL_OP_BODY.pack, S64, U64, st.integers(0, 3), st.just(0)),
+    st.builds(kernel_records.SSL_OP_BODY.pack, S64, U64, st.integers(0, 3), st.just(0)),
 )
 THROTTLES = st.tuples(
-    st.just(events.THROTTLE),
+    st.just(kernel_records.THROTTLE),
     st.just(16),
-    st.builds(events.THROTTLE_BODY.pack, U64, U64, U64, U64, st.integers(0, 1), st.integers(0, 1)),
+    st.builds(kernel_records.THROTTLE_BODY.pack, U64, U64, U64, U64, st.integers(0, 1), st.integers(0, 1)),
 )
 
 
 def function_call(symbol: bytes, frames: list[tuple[int, bytes, int]], **fields: int) -> bytes:
     """Return the body of a function_call."""
     get = fields.get
-    fixed = events.FUNCTION_CALL_BODY.pack(
+    fixed = kernel_records.FUNCTION_CALL_BODY.pack(
         get("offset", 0), get("count", 1), get("first_ns", 0), get("last_ns", 0), get("library", 0), len(symbol),
         get("id_bytes", 20), len(frames), b"\xab" * 20, len(symbol) + get("cut", 0),
     )  # fmt: skip
-    return fixed + b"".join(events.STACK_FRAME.pack(*frame) for frame in frames) + symbol
+    return fixed + b"".join(kernel_records.STACK_FRAME.pack(*frame) for frame in frames) + symbol
 
 
 FUNCTIONS = st.tuples(
-    st.just(events.FUNCTION_CALL),
+    st.just(kernel_records.FUNCTION_CALL),
     st.just(15),
     st.builds(
         function_call, NAMES, FRAMES, offset=U64, count=st.integers(1, 2**64 - 1), first_ns=U64, last_ns=U64,
@@ -235,7 +236,7 @@ def split(data: bytes) -> list[bytes]:
     """Return the records that stand back to back in `data`."""
     out = []
     while data:
-        size = events.RECORD_HEADER.unpack_from(data)[11]
+        size = kernel_records.RECORD_HEADER.unpack_from(data)[11]
         out.append(data[:size])
         data = data[size:]
     return out
@@ -258,6 +259,6 @@ def batch(
     return RawBatch(
         version=RAW_VERSION, node=node, boot_id=boot_id, run=run, number=0, ledger=Ledger(0, 1, rows, {}, {}),
         coverage=b"", final=False, closings=[], libraries=libraries or [],
-        records=events.pack_batch(split(data)) if packed is None else packed, cgroups=cgroups or {},
+        records=raw_batches.pack_batch(split(data)) if packed is None else packed, cgroups=cgroups or {},
         programs=programs or {},
     )  # fmt: skip

@@ -12,7 +12,7 @@ import anyio
 import pytest
 import yaml
 
-from stella_shared import events, subjects
+from stella_shared import events, kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RAW_VERSION, LaneRow, Ledger, PartHead, RawBatch, decode_head, encode_raw, ledger_faults
 from tests.enricher.record_maker import file_open, process_exec, record
@@ -98,7 +98,7 @@ def usual(number: int) -> bytes:
         record(1, 1, file_open(b"/secret/x"), seq=100 * number + 1),
         record(2, 3, process_exec(b"/bin/true", b"", b"true\0"), seq=100 * number + 2),
     ]
-    return raw(number, events.pack_batch(rows), 3)
+    return raw(number, raw_batches.pack_batch(rows), 3)
 
 
 async def enriched(bus: Bus, parts: int, seconds: float = 40.0) -> list[tuple[PartHead, str, bytes]]:
@@ -148,9 +148,9 @@ async def test_what_cannot_be_used_is_lost_by_name(bus: Bus, pool: Pool) -> None
     """No batch at all is put away; a batch that lies, or would burst the bus, is lost by the enricher."""
     pool.start()
     await bus.publish(subjects.raw("n"), b"no batch", msg_id="x")
-    good = events.pack_batch([record(1, 1, file_open(b"/x"))])
-    tls = record(5, 11, events.SSL_OP_BODY.pack(1, 1, 0, 0))
-    flood = events.pack_batch([tls] * 3000)
+    good = raw_batches.pack_batch([record(1, 1, file_open(b"/x"))])
+    tls = record(5, 11, kernel_records.SSL_OP_BODY.pack(1, 1, 0, 0))
+    flood = raw_batches.pack_batch([tls] * 3000)
     for number, data in enumerate(
         [
             raw(0, good, 2),

@@ -18,7 +18,7 @@ from stella_enricher.lines import CLines, Lines, PythonLines
 from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
-from stella_shared import events
+from stella_shared import events, kernel_records
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import Program, RawBatch
 from tests.enricher import symbol_oracles as oracle
@@ -56,7 +56,9 @@ def connects(frames: list[tuple[int, bytes, int]], *, times: int = 1, **more: ob
         8, b"", frames, result=0, fd=3, family=2, port=80, local_port=1, status=0, abstract=0,
         address=b"\x7f\0\0\1" + bytes(12), local=bytes(16),
     )  # fmt: skip
-    data = b"".join(record(events.NET_CONNECT, 8, body, seq=n, tgid=os.getpid(), tid=os.getpid()) for n in range(times))
+    data = b"".join(
+        record(kernel_records.NET_CONNECT, 8, body, seq=n, tgid=os.getpid(), tid=os.getpid()) for n in range(times)
+    )
     return batch(data, {0: times}, **more)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from stella_enricher.containers import HOST, Container, unknown
 from stella_enricher.lines import FRAGMENTS_MAX, CLines, Enriched, Lines, PythonLines, all_lost
 from stella_enricher.redaction import Redactor
 from stella_enricher.runtimes.facts import Pod
-from stella_shared import events
+from stella_shared import events, kernel_records, raw_batches
 from stella_shared.errors import BrokenPromise
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import FORGOTTEN_PROGRAM, LaneRow, Ledger, Program, RawBatch, ledger_faults
@@ -69,7 +69,7 @@ PROGRAMS = {
 }
 
 
-def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container: Container) -> bytes:
+def slow_line(batch: RawBatch, r: raw_batches.Record, event: events.Event, container: Container) -> bytes:
     """Return a record's line, made the obvious way."""
     nobody = isinstance(event, events.Throttle) or (isinstance(event, events.TcpState) and event.attribution == "none")
     stranger = container.container_id.startswith("unknown:")
@@ -83,9 +83,9 @@ def slow_line(batch: RawBatch, r: events.Record, event: events.Event, container:
             node=batch.node,
             run=batch.run,
             seq=r.seq,
-            src=events.CALL_SOURCES[r.call],
+            src=kernel_records.CALL_SOURCES[r.call],
             ts_ns=r.ts_ns,
-            comm=None if nobody else events.text(r.comm),
+            comm=None if nobody else kernel_records.text(r.comm),
             container_id=container.container_id or None,
             container_reason=container.reason if stranger else None,
             exe=program.path or None,
@@ -127,11 +127,13 @@ def redacted(event: events.Event) -> events.Event:
 def slow(batch: RawBatch, paths: PathFilter, container_of: Callable[[int], Container]) -> dict[str, list[bytes]]:
     """Return every line of a batch by type, made the obvious way."""
     out: dict[str, list[bytes]] = {}
-    for r in events.records(batch.records):
-        event = redacted(events.decode_event(r.type, r.call, r.body, batch.libraries))
+    for r in raw_batches.records(batch.records):
+        event = redacted(kernel_records.decode_event(r.type, r.call, r.body, batch.libraries))
         if isinstance(event, events.FileOpen) and event.path is not None and not paths.decide(event.path):
             continue
-        out.setdefault(events.TYPE_NAMES[r.type], []).append(slow_line(batch, r, event, container_of(r.cgroup_id)))
+        out.setdefault(kernel_records.TYPE_NAMES[r.type], []).append(
+            slow_line(batch, r, event, container_of(r.cgroup_id))
+        )
     return out
 
 
@@ -311,7 +313,7 @@ def test_a_container_that_becomes_known_shows_in_the_next_batch(make: type[Lines
 def test_kept_parts_follow_node_boot_run_and_libraries(make: type[Lines]) -> None:
     """The same record bytes in another batch carry that batch's names, not the former's."""
     lines = make(ALL)
-    data = record(5, 13, events.SSL_OP_BODY.pack(1, 7, 0, 0))
+    data = record(5, 13, kernel_records.SSL_OP_BODY.pack(1, 7, 0, 0))
     for changes in (
         {"libraries": ["/lib/a.so"]}, {"libraries": ["/lib/b.so"]}, {"libraries": []}, {"node": "other"},
         {"boot_id": "c" * 32}, {"run": "f" * 16}, {"libraries": ["/lib/a.so"]},
@@ -351,7 +353,7 @@ def test_bytes_that_are_no_records_are_a_broken_promise(
         broken[flip[0]] ^= flip[1]
     counted: Counter[int] = Counter()
     try:
-        for r in events.records(bytes(broken)):
+        for r in raw_batches.records(bytes(broken)):
             counted[r.lane] += 1
     except BrokenPromise:
         pass

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stella_enricher import redaction, secret_words
 from stella_enricher.redaction import MARK, REMEMBERED_MAX, Redactor
-from stella_shared import events
+from stella_shared import kernel_records
 from tests.enricher.command_lines import GITHUB, JWT, KEPT, PEM, REDACTED
 
 SECRET = "Zq8-hunter2.Xy"
@@ -155,7 +155,7 @@ PIECES = st.sampled_from(
 HOSTILE = st.lists(
     st.one_of(
         st.lists(PIECES, max_size=8).map("".join),
-        st.binary(max_size=40).map(events.text),
+        st.binary(max_size=40).map(kernel_records.text),
         st.text(max_size=20),
     ),
     max_size=8,

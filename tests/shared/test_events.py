@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stella_shared import events
+from stella_shared import events, kernel_records, raw_batches
 from stella_shared.errors import BrokenPromise
 from tests.enricher.record_maker import ANYTHING, FRAMES, NAMES, file_open, net_connect, process_exec, record
 
@@ -16,10 +16,10 @@ from tests.enricher.record_maker import ANYTHING, FRAMES, NAMES, file_open, net_
 def test_a_body_of_any_bytes_is_an_event_or_a_broken_promise(kind: int, call: int, body: bytes) -> None:
     """No other exception leaves `decode_event`."""
     try:
-        event = events.decode_event(kind, call, body, ["/lib/libssl.so.3"])
+        event = kernel_records.decode_event(kind, call, body, ["/lib/libssl.so.3"])
     except BrokenPromise:
         return
-    assert events.TYPE_NAMES[kind] == type(event).__struct_config__.tag
+    assert kernel_records.TYPE_NAMES[kind] == type(event).__struct_config__.tag
 
 
 @settings(max_examples=300, deadline=None)
@@ -33,7 +33,7 @@ def test_a_cut_or_changed_body_is_an_event_or_a_broken_promise(
     changed[cut % len(body)] = byte
     for hostile in (bytes(changed), body[:cut]):
         try:
-            events.decode_event(kind, call, hostile, [])
+            kernel_records.decode_event(kind, call, hostile, [])
         except BrokenPromise:
             continue
 
@@ -49,18 +49,18 @@ def test_a_batch_of_any_bytes_is_records_or_a_broken_promise(
     data: bytes, whats: list[tuple[int, int, bytes]], changes: list[tuple[int, int]], cut: int
 ) -> None:
     """Arbitrary, changed and cut batches are taken apart or refused; the quick looks at them raise nothing."""
-    packed = bytearray(events.pack_batch(record(*what) for what in whats))
+    packed = bytearray(raw_batches.pack_batch(record(*what) for what in whats))
     for at, byte in changes:
         if at < len(packed):
             packed[at] = byte
     for hostile in (data, bytes(packed[:cut])):
-        events.names(hostile)
-        events.oldest_ns(hostile)
+        raw_batches.names(hostile)
+        raw_batches.oldest_ns(hostile)
         try:
-            found = list(events.records(hostile))
+            found = list(raw_batches.records(hostile))
         except BrokenPromise:
             continue
-        assert not hostile or len(found) == events.BATCH_COUNTS.unpack_from(hostile)[2]
+        assert not hostile or len(found) == raw_batches.BATCH_COUNTS.unpack_from(hostile)[2]
 
 
 @given(
@@ -90,8 +90,8 @@ def test_a_batch_says_each_distinct_thing_once(
                 lane=who,
             )
         )  # fmt: skip
-    packed = events.pack_batch(raw)
-    found = list(events.records(packed))
+    packed = raw_batches.pack_batch(raw)
+    found = list(raw_batches.records(packed))
     assert [(7 * i, i, who, who + 1, who + 2, who) for i, (_, who) in enumerate(order)] == [
         (r.ts_ns, r.seq, r.cgroup_id, r.tgid, r.tid, r.lane) for r in found
     ]
@@ -99,13 +99,13 @@ def test_a_batch_says_each_distinct_thing_once(
         kind, call, body = whats[what % len(whats)]
         assert (kind, call, body) == (r.type, r.call, r.body[: len(body)])
         assert not any(r.body[len(body) :])
-    taken_apart = events.unpack_batch(packed)
+    taken_apart = raw_batches.unpack_batch(packed)
     assert len(set(taken_apart.whats)) == len(taken_apart.whats) <= len(whats)
     assert len(set(taken_apart.whos)) == len(taken_apart.whos)
-    names = events.names(packed)
+    names = raw_batches.names(packed)
     assert {who for _, who in order} == names.cgroups
     assert {who + 4: (who + 1, who + 3) for _, who in order} == names.programs
-    assert 0 == events.oldest_ns(packed)
+    assert 0 == raw_batches.oldest_ns(packed)
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,17 +116,17 @@ def test_a_record_decodes_to_what_was_packed(what: tuple[int, int, bytes], seq: 
     raw = record(
         kind, call, body, seq=seq, lane=3, comm=b"a b", ts=9, cgroup=8, start_ns=11, program=12, tgid=7, tid=6, uid=5
     )
-    (r,) = events.records(events.pack_batch([raw]))
+    (r,) = raw_batches.records(raw_batches.pack_batch([raw]))
     assert (9, seq, 8, 11, 12, 7, 6, 5, 3, kind, call, b"a b") == (
         r.ts_ns, r.seq, r.cgroup_id, r.start_ns, r.program, r.tgid, r.tid, r.uid, r.lane, r.type, r.call, r.comm,
     )  # fmt: skip
-    assert events.decode_event(kind, call, body, []) == events.decode_event(kind, call, r.body, [])
+    assert kernel_records.decode_event(kind, call, body, []) == kernel_records.decode_event(kind, call, r.body, [])
 
 
 @given(path=NAMES, result=st.integers(-4095, 1 << 20), flags=st.integers(0, 0o17777777))
 def test_file_open_says_path_outcome_and_access(path: bytes, result: int, flags: int) -> None:
     """The path is the caller's bytes, `result` the kernel's answer; access comes from the flags."""
-    event = events.decode_event(1, 1, file_open(path, result=result, flags=flags), [])
+    event = kernel_records.decode_event(1, 1, file_open(path, result=result, flags=flags), [])
     assert isinstance(event, events.FileOpen)
     assert (path.decode("utf-8", "backslashreplace"), result, flags) == (event.path, event.result, event.flags)
     assert (event.access == "path") == bool(flags & 0o10000000)
@@ -139,15 +139,15 @@ def test_file_open_says_path_outcome_and_access(path: bytes, result: int, flags:
 def test_process_exec_gives_the_words_back(words: list[bytes], name: bytes, interpreter: bytes, cut: int) -> None:
     """argv is split at its zeros, empty words included; a cut last word stays as far as it goes."""
     argv = b"".join(word + b"\0" for word in words)
-    event = events.decode_event(2, 3, process_exec(name, interpreter, argv), [])
+    event = kernel_records.decode_event(2, 3, process_exec(name, interpreter, argv), [])
     assert isinstance(event, events.ProcessExec)
-    assert [events.text(word) for word in words] == event.argv
-    assert (events.text(name), events.text(interpreter) or None) == (event.filename, event.interpreter)
-    part = events.decode_event(2, 3, process_exec(name, b"", argv[:cut], argv_status=1), [])
+    assert [kernel_records.text(word) for word in words] == event.argv
+    assert (kernel_records.text(name), kernel_records.text(interpreter) or None) == (event.filename, event.interpreter)
+    part = kernel_records.decode_event(2, 3, process_exec(name, b"", argv[:cut], argv_status=1), [])
     assert isinstance(part, events.ProcessExec)
     assert part.argv_truncated
     whole = b"\0".join(w for w in argv[:cut].split(b"\0")).removesuffix(b"\0")
-    assert events.text(whole).split("\0") == (part.argv or [""])
+    assert kernel_records.text(whole).split("\0") == (part.argv or [""])
 
 
 @given(
@@ -164,9 +164,9 @@ def test_net_connect_names_unix_sockets_and_frames(
         8, path, frames, result=0, fd=3, family=1, port=0, local_port=0, status=0, abstract=abstract,
         address=bytes(16), local=bytes(16),
     )  # fmt: skip
-    event = events.decode_event(4, 8, body, [])
+    event = kernel_records.decode_event(4, 8, body, [])
     assert isinstance(event, events.NetConnect)
-    assert ("@" if abstract else "") + events.text(name) == event.address
+    assert ("@" if abstract else "") + kernel_records.text(name) == event.address
     expected = [
         events.StackFrame(build_id=build_id.hex(), offset=offset)
         if status == 1
@@ -179,10 +179,10 @@ def test_net_connect_names_unix_sockets_and_frames(
 
 def test_an_unknown_always_has_a_reason() -> None:
     """No path, no address, no argv: each says why."""
-    opened = events.decode_event(1, 1, file_open(b"", status=2), [])
+    opened = kernel_records.decode_event(1, 1, file_open(b"", status=2), [])
     assert isinstance(opened, events.FileOpen)
     assert (None, "the address could not be read") == (opened.path, opened.path_reason)
-    ran = events.decode_event(2, 3, process_exec(b"/x", b"", b"", argv_status=2, total=9), [])
+    ran = kernel_records.decode_event(2, 3, process_exec(b"/x", b"", b"", argv_status=2, total=9), [])
     assert isinstance(ran, events.ProcessExec)
     assert ([], "the address could not be read", 9) == (ran.argv, ran.argv_reason, ran.argv_bytes)
     for call, family, status, result, reason in (
@@ -195,14 +195,14 @@ def test_an_unknown_always_has_a_reason() -> None:
             call, b"", [], result=result, fd=3, family=family, port=1, local_port=1, status=status, abstract=0,
             address=bytes(16), local=bytes(16),
         )  # fmt: skip
-        event = events.decode_event(4, call, body, [])
+        event = kernel_records.decode_event(4, call, body, [])
         assert isinstance(event, events.NetConnect)
         assert (None, reason, None) == (event.address, event.address_reason, event.port)
 
 
 def test_a_library_index_beyond_the_list_is_named() -> None:
     """A library the batch does not name stays tellable."""
-    event = events.decode_event(5, 11, events.SSL_OP_BODY.pack(1, 1, 7, 0), ["/a"])
+    event = kernel_records.decode_event(5, 11, kernel_records.SSL_OP_BODY.pack(1, 1, 7, 0), ["/a"])
     assert isinstance(event, events.SslOp)
     assert "library:7" == event.library
 
@@ -232,8 +232,8 @@ def function_call(
 ) -> bytes:
     """Return the body of a function_call record."""
     times = (5, 100, 200) if counted else (1, 0, 0)
-    frames = len(stack) // events.STACK_FRAME.size
-    head = events.FUNCTION_CALL_BODY.pack(
+    frames = len(stack) // kernel_records.STACK_FRAME.size
+    head = kernel_records.FUNCTION_CALL_BODY.pack(
         4096, *times, 0, len(symbol), build_id, frames, b"\xab" * build_id, total or len(symbol)
     )
     return head + stack + symbol
@@ -241,8 +241,10 @@ def function_call(
 
 def test_a_traced_call_has_its_stack() -> None:
     """The frames stand before the symbol; nothing is said of a count."""
-    stack = events.STACK_FRAME.pack(1, b"\xab" * 20, 4096) + events.STACK_FRAME.pack(2, bytes(20), 0x7F00)
-    event = events.decode_event(6, 15, function_call(b"main", stack=stack), ["/bin/x"])
+    stack = kernel_records.STACK_FRAME.pack(1, b"\xab" * 20, 4096) + kernel_records.STACK_FRAME.pack(
+        2, bytes(20), 0x7F00
+    )
+    event = kernel_records.decode_event(6, 15, function_call(b"main", stack=stack), ["/bin/x"])
     assert event == events.FunctionCall(
         binary="/bin/x",
         build_id="ab" * 20,
@@ -254,7 +256,7 @@ def test_a_traced_call_has_its_stack() -> None:
 
 def test_a_counted_call_has_its_times() -> None:
     """Count, first and last; a file without a build-id has none."""
-    event = events.decode_event(6, 15, function_call(b"main", counted=True, build_id=0), [])
+    event = kernel_records.decode_event(6, 15, function_call(b"main", counted=True, build_id=0), [])
     assert event == events.FunctionCall(
         binary="library:0", count=5, first_ns=100, last_ns=200, offset=4096, symbol="main"
     )
@@ -262,7 +264,7 @@ def test_a_counted_call_has_its_times() -> None:
 
 def test_a_mangled_name_is_told_apart() -> None:
     """It stands in `symbol_mangled`, with the reason why `symbol` is the same, and whether it was cut."""
-    event = events.decode_event(6, 15, function_call(b"_Z1av", total=900), ["/bin/x"])
+    event = kernel_records.decode_event(6, 15, function_call(b"_Z1av", total=900), ["/bin/x"])
     assert isinstance(event, events.FunctionCall)
     assert ("_Z1av", "_Z1av", "not_demangled", True) == (
         event.symbol, event.symbol_mangled, event.symbol_reason, event.symbol_truncated,
@@ -272,6 +274,6 @@ def test_a_mangled_name_is_told_apart() -> None:
 @pytest.mark.parametrize("cut", [1, 4, 40, 70])
 def test_a_cut_call_is_refused(cut: int) -> None:
     """A symbol or a stack that runs over the end of the record is a broken promise."""
-    stack = events.STACK_FRAME.pack(1, b"\xab" * 20, 4096)
+    stack = kernel_records.STACK_FRAME.pack(1, b"\xab" * 20, 4096)
     with pytest.raises(BrokenPromise):
-        events.decode_event(6, 15, function_call(b"main", stack=stack)[:-cut], ["/bin/x"])
+        kernel_records.decode_event(6, 15, function_call(b"main", stack=stack)[:-cut], ["/bin/x"])

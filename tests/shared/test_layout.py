@@ -16,7 +16,7 @@ import pytest
 from stella_collector import accounting, filtering, kernel, ring
 from stella_collector.binaries import attaching, notices, question
 from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, probes_of
-from stella_shared import events, wire
+from stella_shared import kernel_records, raw_batches, wire
 from stella_shared.config import Probes, Signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,37 +26,37 @@ RING = ROOT / "services" / "collector" / "stella_collector" / "ring.c"
 #: Each struct of the header: the Python format that decodes it, and its fields in order.
 LAYOUTS: dict[str, tuple[str, str]] = {
     "stella_header": (
-        events.RECORD_HEADER.format,
+        kernel_records.RECORD_HEADER.format,
         "ts_ns seq cgroup_id start_ns program tgid tid uid lane type call size comm",
     ),
     "stella_file_open": (
-        events.FILE_OPEN_BODY.format,
+        kernel_records.FILE_OPEN_BODY.format,
         "result flags resolve inode mode dfd device path_len walked_len path_status walked walked_flags frames "
         "lpm_prefixlen",
     ),
     "stella_process_exec": (
-        f"{events.PROCESS_EXEC_BODY.format}{events.ANCESTORS_MAX * events.ANCESTOR.size}s",
+        f"{kernel_records.PROCESS_EXEC_BODY.format}{kernel_records.ANCESTORS_MAX * kernel_records.ANCESTOR.size}s",
         "inode device argv_total filename_len interpreter_len argv_len directory_len filename_status argv_status "
         "directory_flags ancestors_count frames ancestors",
     ),
-    "stella_ancestor": (events.ANCESTOR.format, "start_ns pid reserved comm"),
+    "stella_ancestor": (kernel_records.ANCESTOR.format, "start_ns pid reserved comm"),
     "stella_program": (
         f"{kernel.PROGRAM_HEAD.format}{kernel.WALK_ROOM}s",
         "inode device path_at flags ready path",
     ),
     "stella_cgroup": (f"{kernel.CGROUP_HEAD.format}{kernel.WALK_ROOM}s", "path_at flags ready reserved path"),
     "stella_tcp_state": (
-        events.TCP_STATE_BODY.format,
+        kernel_records.TCP_STATE_BODY.format,
         "family sport dport old_state new_state saddr daddr attribution reserved",
     ),
     "stella_net_connect": (
-        events.NET_CONNECT_BODY.format,
+        kernel_records.NET_CONNECT_BODY.format,
         "result fd family port local_port path_len address_status abstract frames reserved address local_address",
     ),
-    "stella_frame": (events.STACK_FRAME.format, "status build_id offset"),
-    "stella_ssl_op": (events.SSL_OP_BODY.format, "result bytes library reserved"),
+    "stella_frame": (kernel_records.STACK_FRAME.format, "status build_id offset"),
+    "stella_ssl_op": (kernel_records.SSL_OP_BODY.format, "result bytes library reserved"),
     "stella_function_call": (
-        events.FUNCTION_CALL_BODY.format,
+        kernel_records.FUNCTION_CALL_BODY.format,
         "offset count first_ns last_ns library symbol_len build_id_len frames build_id symbol_total",
     ),
     "stella_function": (
@@ -66,7 +66,7 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     "stella_file_id": (notices.FILE.format, "inode changed_ns device generation"),
     "stella_mapped": ("<QII", "inode device found"),
     "stella_flush": ("<QQ", "written left"),
-    "stella_throttle": (events.THROTTLE_BODY.format, "since_ns until_ns dropped limit_per_second scope stop"),
+    "stella_throttle": (kernel_records.THROTTLE_BODY.format, "since_ns until_ns dropped limit_per_second scope stop"),
     "stella_lane": (
         "<7Q9Q",
         "taken lost_ring_full lost_rate_limit lost_inflight filtered_target filtered_path filtered_network",
@@ -137,13 +137,13 @@ def test_records_are_laid_out_as_header_body_text(btf: list[dict[str, Any]]) -> 
         for t in btf
         if t["kind"] == "STRUCT" and t["name"] in ("open_record", "exec_record", "net_record")
     }
-    head = events.RECORD_HEADER.size
-    exec_size = events.PROCESS_EXEC_BODY.size + events.ANCESTORS_MAX * events.ANCESTOR.size
-    assert {"h": 0, "b": head, "path": head + events.FILE_OPEN_BODY.size} == members["open_record"]
+    head = kernel_records.RECORD_HEADER.size
+    exec_size = kernel_records.PROCESS_EXEC_BODY.size + kernel_records.ANCESTORS_MAX * kernel_records.ANCESTOR.size
+    assert {"h": 0, "b": head, "path": head + kernel_records.FILE_OPEN_BODY.size} == members["open_record"]
     assert {"h": 0, "b": head, "data": head + exec_size} == members["exec_record"]
-    assert {"h": 0, "b": head, "path": head + events.NET_CONNECT_BODY.size} == members["net_record"]
+    assert {"h": 0, "b": head, "path": head + kernel_records.NET_CONNECT_BODY.size} == members["net_record"]
     (net,) = [t for t in btf if t["name"] == "net_record"]
-    assert head + events.NET_CONNECT_BODY.size + events.NET_PATH_BYTES == net["size"]
+    assert head + kernel_records.NET_CONNECT_BODY.size + kernel_records.NET_PATH_BYTES == net["size"]
 
 
 def test_a_trie_reads_the_path_where_the_record_holds_it() -> None:
@@ -178,28 +178,33 @@ def test_enums_agree() -> None:
     """Record types, calls, lane kinds, statuses and attributions have the same numbers on both sides."""
     types = enum_values("stella_record_type")
     assert {name.removeprefix("STELLA_").lower(): n for name, n in types.items()} == {
-        name: n for n, name in events.TYPE_NAMES.items()
+        name: n for n, name in kernel_records.TYPE_NAMES.items()
     }
     calls = enum_values("stella_call")
-    assert list(range(len(events.CALL_SOURCES))) == sorted(calls.values())
+    assert list(range(len(kernel_records.CALL_SOURCES))) == sorted(calls.values())
     spelled = [
         source.replace("sys_enter_", "").replace("uprobe:SSL", "ssl").replace("uprobe:", "u_")
         .replace("u_function_entry", "function")
         .replace("sched_process_", "").replace("inet_sock_", "").lower()
-        for source in events.CALL_SOURCES
+        for source in kernel_records.CALL_SOURCES
     ]  # fmt: skip
     assert spelled == [name.removeprefix("STELLA_CALL_").lower() for name in sorted(calls, key=calls.__getitem__)]
     kinds = enum_values("stella_lane_kind")
     assert {f"STELLA_LANE_{name.upper()}": i for i, name in enumerate(wire.LANE_KIND_NAMES)} == kinds
     assert kinds["STELLA_LANE_UPROBE"] == accounting.UPROBE_KIND
-    assert [0, 1, 2, 3] == [events._STATUS_OK, events._STATUS_TRUNCATED, events._STATUS_FAULT, events._STATUS_ABSENT]
+    assert [0, 1, 2, 3] == [
+        kernel_records._STATUS_OK,
+        kernel_records._STATUS_TRUNCATED,
+        kernel_records._STATUS_FAULT,
+        kernel_records._STATUS_ABSENT,
+    ]
     assert {"STELLA_OK": 0, "STELLA_TRUNCATED": 1, "STELLA_FAULT": 2, "STELLA_ABSENT": 3} == enum_values(
         "stella_status"
     )
     assert {"STELLA_ATTR_NONE": 0, "STELLA_ATTR_CURRENT": 1, "STELLA_ATTR_OWNER": 2} == enum_values(
         "stella_attribution"
     )
-    assert ("none", "current", "socket_owner") == events._ATTRIBUTIONS
+    assert ("none", "current", "socket_owner") == kernel_records._ATTRIBUTIONS
 
 
 def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
@@ -243,8 +248,8 @@ def test_the_compiler_agrees_with_every_format(tmp_path: Path) -> None:
     checks.append(f'_Static_assert(sizeof(struct lane) == 32 && sizeof(struct drained) == {result}, "ring.py");')
     for i, (field, _) in enumerate(ring._Result._fields_):
         checks.append(f'_Static_assert(offsetof(struct drained, {field}) == {8 * i}, "drained.{field}");')
-    checks.append(f'_Static_assert(sizeof(struct who) == {events.WHO.size}, "who");')
-    checks.append(f'_Static_assert(sizeof(struct event) == {events.EVENT.size}, "event");')
+    checks.append(f'_Static_assert(sizeof(struct who) == {raw_batches.WHO.size}, "who");')
+    checks.append(f'_Static_assert(sizeof(struct event) == {raw_batches.EVENT.size}, "event");')
     checks.append(f'_Static_assert(sizeof(struct stella_lane) == {accounting.LANE_STRIDE}, "stride");')
     source = tmp_path / "layout.c"
     source.write_text(

@@ -16,7 +16,7 @@ import anyio
 import msgspec
 
 from stella_collector.replay import Frame, Recording
-from stella_shared import clock, events, subjects
+from stella_shared import clock, kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RawBatch, decode_raw
 from tests.system.node import HERE, Node, free_port, running
@@ -83,21 +83,21 @@ def scene(node: Node, folder: Path) -> None:
 def without_strangers(records: bytes, since_ns: int) -> bytes:
     """Return the batch without the ancestors that are older than the scene: they are the recorder's business."""
     out = bytearray(records)
-    at = events.BATCH_COUNTS.size + events.BATCH_COUNTS.unpack_from(records)[0] * events.WHO.size
-    for what in events.unpack_batch(records).whats:
-        if events.WHAT.unpack_from(what)[0] == events.PROCESS_EXEC:
-            body = at + events.WHAT.size
-            fields = list(events.PROCESS_EXEC_BODY.unpack_from(out, body))
-            rows = body + events.PROCESS_EXEC_BODY.size
+    at = raw_batches.BATCH_COUNTS.size + raw_batches.BATCH_COUNTS.unpack_from(records)[0] * raw_batches.WHO.size
+    for what in raw_batches.unpack_batch(records).whats:
+        if raw_batches.WHAT.unpack_from(what)[0] == kernel_records.PROCESS_EXEC:
+            body = at + raw_batches.WHAT.size
+            fields = list(kernel_records.PROCESS_EXEC_BODY.unpack_from(out, body))
+            rows = body + kernel_records.PROCESS_EXEC_BODY.size
             old = [
                 i
                 for i in range(fields[COUNT])
-                if events.ANCESTOR.unpack_from(out, rows + i * events.ANCESTOR.size)[0] < since_ns
+                if kernel_records.ANCESTOR.unpack_from(out, rows + i * kernel_records.ANCESTOR.size)[0] < since_ns
             ]
             for i in old:
-                events.ANCESTOR.pack_into(out, rows + i * events.ANCESTOR.size, 0, 0, 0, b"")
+                kernel_records.ANCESTOR.pack_into(out, rows + i * kernel_records.ANCESTOR.size, 0, 0, 0, b"")
             fields[COUNT] -= len(old)
-            events.PROCESS_EXEC_BODY.pack_into(out, body, *fields)
+            kernel_records.PROCESS_EXEC_BODY.pack_into(out, body, *fields)
         at += len(what)
     return bytes(out)
 

@@ -30,7 +30,7 @@ from stella_collector.ring import Drained
 from stella_collector.runs import Runs
 from stella_collector.selected import Selected
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, config, events, lifecycle, metrics, subjects
+from stella_shared import VERSION, clock, config, lifecycle, metrics, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import StellaError
@@ -146,7 +146,7 @@ class Collector:
 
     async def emit(self, ledger: Ledger, records: bytes, *, final: bool = False) -> None:
         """Name what is in one batch, encode it and put it into the spool."""
-        distinct = events.names(records)
+        distinct = raw_batches.names(records)
         await self.namer.settle(distinct)
         cgroups, programs = self.namer.names(distinct)
         now = time.monotonic()

@@ -14,7 +14,7 @@ from typing import Final
 from stella_collector import targets
 from stella_collector.libbpf import Object
 from stella_shared.config import Signals
-from stella_shared.events import TYPE_NAMES
+from stella_shared.kernel_records import TYPE_NAMES
 from stella_shared.patterns import compile_paths
 
 #: struct stella_config.

@@ -38,7 +38,7 @@ from stella_collector.naming import KernelProgram
 from stella_collector.ring import open_ring
 from stella_shared.config import Signals
 from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError
-from stella_shared.events import text
+from stella_shared.kernel_records import text
 from stella_shared.wire import LANE_KINDS
 
 log = logging.getLogger(__name__)

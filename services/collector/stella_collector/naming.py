@@ -26,7 +26,8 @@ import anyio
 import msgspec
 
 from stella_shared import elf_notes
-from stella_shared.events import Names, device_text, text
+from stella_shared.kernel_records import device_text, text
+from stella_shared.raw_batches import Names
 from stella_shared.wire import FORGOTTEN_PROGRAM, PROGRAM_KERNEL, PROGRAM_NONE, PROGRAM_UNKNOWN, Program
 
 #: What is remembered here; the kernel's maps forget sooner.

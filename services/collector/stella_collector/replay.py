@@ -24,7 +24,7 @@ from stella_shared import VERSION, clock, lifecycle, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
 from stella_shared.errors import NotFound, UsageError
-from stella_shared.events import EVENT, unpack_batch
+from stella_shared.raw_batches import EVENT, unpack_batch
 from stella_shared.wire import RAW_VERSION, Beat, LaneRow, Ledger, Program, RawBatch, encode_raw
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@
  * busy bit (31) and a discard bit (30), u32 page offset.
  *
  * Most records repeat what others say: the same thread opens the same file. A batch says each distinct thing
- * once and then speaks in numbers (stella_shared/events.py, "batches", has the same in Python):
+ * once and then speaks in numbers (stella_shared/raw_batches.py has the same in Python):
  *
  *     u32 whos, u32 whats, u32 events, u32 bytes of whats
  *     whos    each: u64 cgroup_id, u64 start_ns, u64 program, u32 tgid, u32 tid, u32 uid, u32 lane

@@ -19,7 +19,8 @@ import msgspec
 
 from stella_collector.libbpf import NATIVE, RING_CALLBACK, Libbpf
 from stella_shared.errors import BrokenPromise
-from stella_shared.events import RECORD_HEADER, pack_batch
+from stella_shared.kernel_records import RECORD_HEADER
+from stella_shared.raw_batches import pack_batch
 from stella_shared.wire import LANE_KINDS, UPROBE_KIND
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from stella_enricher.symbols import debuginfod
 from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
-from stella_shared import VERSION, clock, events, lifecycle, metrics, selectors, subjects
+from stella_shared import VERSION, clock, lifecycle, metrics, raw_batches, selectors, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
@@ -335,7 +335,7 @@ def _head_text(head: PartHead) -> str:
 
 def _ages(batch: RawBatch, now_ns: int) -> list[tuple[int, int]]:
     """Return (age in ns, events) samples: events came about evenly between the first one and the drain."""
-    oldest = events.oldest_ns(batch.records)
+    oldest = raw_batches.oldest_ns(batch.records)
     newest = max(oldest, batch.ledger.end_ns)
     count = sum(row.recorded for row in batch.ledger.lanes)
     weight = max(1, count // AGE_SAMPLES)

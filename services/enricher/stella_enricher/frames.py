@@ -21,22 +21,9 @@ import msgspec
 
 from stella_enricher.symbols.demangling import Demangler
 from stella_enricher.symbols.resolver import Resolver
-from stella_shared.events import (
-    BATCH_COUNTS,
-    CALL_TYPES,
-    FILE_OPEN,
-    FUNCTION_CALL,
-    NET_CONNECT,
-    PROCESS_EXEC,
-    WHAT,
-    FileOpen,
-    FunctionCall,
-    NetConnect,
-    ProcessExec,
-    StackFrame,
-    names,
-    unpack_batch,
-)
+from stella_shared.events import FileOpen, FunctionCall, NetConnect, ProcessExec, StackFrame
+from stella_shared.kernel_records import CALL_TYPES, FILE_OPEN, FUNCTION_CALL, NET_CONNECT, PROCESS_EXEC
+from stella_shared.raw_batches import BATCH_COUNTS, WHAT, names, unpack_batch
 from stella_shared.symbols import Frame, Question
 from stella_shared.wire import Program
 

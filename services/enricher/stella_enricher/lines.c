@@ -3,10 +3,10 @@
  * The inner loop of lines.py: puts evidence lines together from parts that are already text.
  *
  * Distinct things are rendered once, in Python, and kept here: an event by its *what* (thread name and body of
- * the record), the fields of a place by cgroup and program. A batch says each distinct thing once (stella_shared/events.py,
- * "batches"), so the look-ups are per distinct thing too, and the loop over the events only copies parts and
- * writes numbers in between. Where something is not known yet it stops and says so; Python adds it and calls
- * again.
+ * the record), the fields of a place by cgroup and program. A batch says each distinct thing once
+ * (stella_shared/raw_batches.py), so the look-ups are per distinct thing too, and the loop over the events only
+ * copies parts and writes numbers in between. Where something is not known yet it stops and says so; Python adds
+ * it and calls again.
  *
  * The bytes that are looked up come from traced programs, so the table is seeded, and it forgets rather than
  * grows. Every count and index of a batch is checked before it is used.

@@ -31,22 +31,10 @@ from stella_enricher.redaction import Redactor
 from stella_enricher.runtimes.facts import Pod
 from stella_shared import events
 from stella_shared.errors import BrokenPromise
-from stella_shared.events import (
-    BATCH_COUNTS,
-    CALL_SOURCES,
-    TYPE_NAMES,
-    WHAT,
-    WHO,
-    FileOpen,
-    FunctionCall,
-    ProcessExec,
-    TcpState,
-    Throttle,
-    decode_event,
-    text,
-    unpack_batch,
-)
+from stella_shared.events import FileOpen, FunctionCall, ProcessExec, TcpState, Throttle
+from stella_shared.kernel_records import CALL_SOURCES, TYPE_NAMES, decode_event, text
 from stella_shared.patterns import PathFilter
+from stella_shared.raw_batches import BATCH_COUNTS, WHAT, WHO, unpack_batch
 from stella_shared.wire import FORGOTTEN_PROGRAM, LANE_KINDS, PROGRAM_NONE, LaneRow, Ledger, RawBatch
 
 log = logging.getLogger(__name__)
