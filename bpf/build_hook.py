@@ -29,6 +29,7 @@ class NativeParts(BuildHookInterface):  # type: ignore[type-arg]
                 "services/enricher/stella_enricher/native/lines.so",
                 "shared/stella_shared/evidence/native/merkle.so",
                 "shared/stella_shared/evidence/native/lines.so",
+                "shared/stella_shared/native/confine.so",
             )
         ]
         if not all(path.exists() for path in wanted):

@@ -48,9 +48,18 @@ BACKOFF_LAST_SECONDS: Final = 5.0
 #: A part that ran this long is taken as healthy again: the next death starts with the short wait.
 HEALTHY_SECONDS: Final = 30.0
 _PERMANENT: Final = (2, 3, 4)
-#: What a part may keep of root's powers; the collector keeps what it was started with.  Files of other owners
-#: (a home directory, a virtual environment in it) must stay readable for all.
+#: What a part may keep of root's powers; the collector itself gives up more of these as it needs less.  Files of other
+#: owners (a home directory, a virtual environment in it) must stay readable for all.
 _KEEP: Final[dict[str, tuple[int, ...]]] = {
+    "collector": (
+        process.CAP_DAC_OVERRIDE,
+        process.CAP_DAC_READ_SEARCH,
+        process.CAP_SETPCAP,
+        process.CAP_SYS_PTRACE,
+        process.CAP_SYS_ADMIN,
+        process.CAP_PERFMON,
+        process.CAP_BPF,
+    ),
     "nats": (process.CAP_DAC_OVERRIDE,),
     "signer": (process.CAP_DAC_OVERRIDE,),
     "gateway": (process.CAP_DAC_OVERRIDE,),

@@ -520,6 +520,13 @@ class Signals(_Section, frozen=True):
     enrichers: Annotated[int, _number("Enricher processes on this node.", ge=1, le=64)] = 1
     runtimes: Annotated[Runtimes, _key("Container runtimes.")] = Runtimes()
     redaction: Annotated[Redaction, _key("Secrets in arguments.")] = Redaction()
+    syscall_filter: Annotated[
+        bool,
+        _key(
+            "Refuse system calls that a part of the node has no use for (seccomp). `false` is for diagnosis: `/status` "
+            "says so, part by part."
+        ),
+    ] = True
 
 
 class BusUser(Struct, frozen=True):

@@ -42,6 +42,7 @@ def test_a_wheel_puts_exactly_six_names_into_site_packages(tmp_path: Path) -> No
         "stella_enricher/native/lines.so",
         "stella_shared/evidence/native/merkle.so",
         "stella_shared/evidence/native/lines.so",
+        "stella_shared/native/confine.so",
     ):
         assert native in names
     assert "stella_collector/demo.ring" in names

@@ -69,6 +69,9 @@ def node(tmp_path_factory: pytest.TempPathFactory):
             try:
                 time.sleep(1.0)
                 running_node.pid = make_events(running_node, folder / "work")
+                running_node.privileges = {
+                    row["service"]: row["detail"]["privileges"] for row in running_node.get("/status")["services"]
+                }
                 time.sleep(1.5)
             finally:
                 tail.terminate()
@@ -111,6 +114,17 @@ def test_nothing_was_lost_and_the_chain_is_valid(node: Node) -> None:
     report = node.verify()
     assert report.valid, report
     assert {} == {cause: n for ledger in node.ledgers() for cause, n in ledger["lost"].items()}
+
+
+def test_all_of_it_was_done_behind_the_filters(node: Node) -> None:
+    """Every part ran with its system calls filtered and without a refusal; the collector with what it names."""
+    assert {"collector", "enricher", "gateway", "signer"} == set(node.privileges)
+    for service, left in node.privileges.items():
+        expected = "only those of its list" if service == "collector" else "all but those of a list"
+        assert (expected, {}, True) == (left["system_calls"], left["refused_calls"], left["no_new_privileges"]), service
+    assert ["DAC_READ_SEARCH", "SYS_PTRACE", "SYS_ADMIN", "PERFMON", "BPF"] == node.privileges["collector"][
+        "capabilities"
+    ]
 
 
 def test_every_line_validates_against_the_schema(node: Node) -> None:

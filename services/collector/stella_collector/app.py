@@ -21,7 +21,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from stella_collector import coverage, targets
+from stella_collector import coverage, powers, targets
 from stella_collector.accounting import Accountant, decode_counters, join
 from stella_collector.kernel import BTF, OBJECT, Kernel, sha256_of
 from stella_collector.libbpf import Libbpf
@@ -30,7 +30,7 @@ from stella_collector.ring import Drained
 from stella_collector.runs import Runs
 from stella_collector.selected import Selected
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, config, lifecycle, metrics, raw_batches, subjects
+from stella_shared import VERSION, clock, config, lifecycle, metrics, privileges, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, node_name
 from stella_shared.errors import StellaError
@@ -398,6 +398,7 @@ class Collector:
                 "libbpf": self._lib.version,
                 "libraries": self.kernel.libraries,
                 "binaries": msgspec.to_builtins(self.kernel.binaries.states()),
+                "privileges": privileges.left(),
                 "counters_pinned": self.runs.pinned,
                 "counters_pin_reason": self.runs.pin_reason,
                 "names": {**self.namer.stats(), "missing": self.namer.missing},
@@ -436,6 +437,7 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
             collector.look_for_targets()
             collector.accountant.begin(clock.boottime_ns())
             await anyio.to_thread.run_sync(kernel.attach)
+            powers.after_attaching(signals)
             collector.write_coverage()
             drained = anyio.Event()
             async with anyio.create_task_group() as tasks:

@@ -10,8 +10,8 @@ from pathlib import Path
 import anyio
 import msgspec
 
-from stella_collector import app, loaded, probe_test, replay
-from stella_collector.kernel import OBJECT, sha256_of
+from stella_collector import app, loaded, powers, probe_test, replay
+from stella_collector.kernel import OBJECT, ensure_mounts, sha256_of
 from stella_collector.libbpf import Libbpf
 from stella_shared import allocator, config, log
 from stella_shared.errors import StellaError
@@ -43,8 +43,11 @@ def main() -> int:
         elif arguments.loaded:
             print(msgspec.json.encode(loaded.look(signals, detach=arguments.loaded == "detach")).decode())
         elif arguments.replay:
+            powers.to_replay(signals)
             anyio.run(replay.serve, signals, arguments.replay)
         else:
+            ensure_mounts()
+            powers.before_loading(signals)
             anyio.run(app.serve, signals, arguments.config)
     except* StellaError as group:
         error = first(group)

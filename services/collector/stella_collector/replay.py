@@ -20,7 +20,7 @@ from stella_collector import coverage
 from stella_collector.kernel import ProbeState, probes_of
 from stella_collector.runs import Runs
 from stella_collector.spool import Spool
-from stella_shared import VERSION, clock, lifecycle, subjects
+from stella_shared import VERSION, clock, lifecycle, privileges, subjects
 from stella_shared.bus import Bus
 from stella_shared.config import Signals, bus_url, bus_user, digest, node_name
 from stella_shared.errors import NotFound, UsageError
@@ -123,6 +123,7 @@ async def serve(signals: Signals, path: Path) -> None:
                     reason="demonstration: events come from a recording",
                     metrics={"stellaops_signals_batches_total": float(number)},
                     detail={
+                        "privileges": privileges.left(),
                         "stand_in": path.name,
                         "records": played,
                         "probes": [msgspec.to_builtins(s) for s in states],

@@ -32,7 +32,7 @@ from stella_enricher.symbols import debuginfod
 from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
-from stella_shared import VERSION, clock, lifecycle, metrics, raw_batches, selectors, subjects
+from stella_shared import VERSION, clock, lifecycle, metrics, privileges, raw_batches, selectors, subjects
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
@@ -319,6 +319,7 @@ class Enricher:
                 "symbols": self.frames.stats(),
                 "caches": self.caches(),
                 "redaction": {"rules": self.redactor.version, "arguments": dict(self.redactor.counts)},
+                "privileges": privileges.left(),
             },
         )
 

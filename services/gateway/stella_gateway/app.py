@@ -13,7 +13,7 @@ import anyio
 
 from stella_gateway import access, listener, server, web
 from stella_gateway.board import Board
-from stella_shared import VERSION, config, lifecycle, log
+from stella_shared import VERSION, config, lifecycle, log, privileges
 from stella_shared.config import Signals
 from stella_shared.wire import Beat
 
@@ -61,5 +61,5 @@ def _beat(instance: str, node: str, started_at: float, url: str) -> Beat:
         at=time.time(),
         started_at=started_at,
         state="ok",
-        detail={"url": url},
+        detail={"url": url, "privileges": privileges.left()},
     )

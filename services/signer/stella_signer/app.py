@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 import anyio
 import anyio.to_thread
 
-from stella_shared import VERSION, allocator, clock, config, lifecycle, log, metrics, subjects
+from stella_shared import VERSION, allocator, clock, config, lifecycle, log, metrics, privileges, subjects, system_calls
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals
 from stella_shared.errors import BrokenPromise, StellaError, TryAgain
@@ -365,7 +365,12 @@ class Signer:
             self._reason or outside,
             {**self._metrics, metrics.SIGN_LAG_BATCHES: self._bus_lag},
             {metrics.DURABLE_LATENCY_SECONDS: self._latency, metrics.SIGNED_LATENCY_SECONDS: self._signed_latency},
-            {**self._detail, "signing": self._outbound.describe(self._key), "last_error": self._last_error},
+            {
+                **self._detail,
+                "signing": self._outbound.describe(self._key),
+                "last_error": self._last_error,
+                "privileges": privileges.left(),
+            },
         )
 
 
@@ -385,6 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         signals = config.load(options.config, os.environ)
+        privileges.refuse(system_calls.REFUSED, switched_on=signals.syscall_filter)
         if options.once:
             errands.record_notes(signals)
             return 0
