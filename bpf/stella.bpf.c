@@ -1367,3 +1367,4 @@ int stella_limits(void *ctx)
 }
 
 #include "functions.bpf.h"
+#include "uring.bpf.h"

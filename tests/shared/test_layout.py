@@ -15,7 +15,7 @@ import pytest
 
 from stella_collector import accounting, filtering, kernel, ring
 from stella_collector.binaries import attaching, notices, question
-from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, probes_of
+from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, URING, probes_of
 from stella_shared import kernel_records, raw_batches, wire
 from stella_shared.config import Probes, Signals
 
@@ -164,7 +164,10 @@ def test_programs_can_be_found_by_their_names(btf: list[dict[str, Any]]) -> None
         for program in probe.programs()
     }
     # What no single probe owns: attached to the files of all of them.
-    assert wanted | {"stella_mkdir", "stella_limits"} | set(_NOTICE_PROGRAMS) | set(_FUNCTION_PROGRAMS) == names
+    assert (
+        wanted | {"stella_mkdir", "stella_limits"} | set(_NOTICE_PROGRAMS) | set(_FUNCTION_PROGRAMS) | set(URING)
+        == names
+    )
 
 
 def enum_values(name: str) -> dict[str, int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import socket
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.system.node import Node, running
+from tests.system.node import HERE, Node, running
 
 pytestmark = pytest.mark.kernel
 
@@ -103,6 +106,13 @@ def test_no_secret_is_told(node: Node) -> None:
         done = node.stella(*words, check=False)
         places[" ".join(words)] = (done.stdout + done.stderr).encode()
         assert done.stdout, words
+    bundle = node.folder / "support.tar.gz"
+    node.stella("support-bundle", "--output", str(bundle))
+    with tarfile.open(bundle) as packed:
+        for member in packed.getmembers():
+            if member.isfile():
+                places[f"support bundle: {member.name}"] = packed.extractfile(member).read()
+    assert [where for where in places if where.startswith("support bundle")]
     for path in node.evidence.rglob("*"):
         if path.is_file():
             places[str(path)] = path.read_bytes()
@@ -124,3 +134,31 @@ def test_secrets_lie_in_private_files_only(node: Node) -> None:
                 holders.append(path.relative_to(node.state).as_posix())
     assert {"keys/signing.key", "bus.json"} <= set(holders) <= {"keys/signing.key", "bus.json", "nats/nats.conf"}
     assert 0o700 == os.stat(node.state).st_mode & 0o777
+
+
+def test_ways_around_the_probes_are_as_documented(node: Node, tmp_path: Path) -> None:
+    """Opens and connects through io_uring, and opens by 32-bit calls, make no line.  That io_uring was used is told."""
+    program = tmp_path / "uncommon_ways"
+    subprocess.run(["cc", "-O2", "-o", program, HERE / "uncommon_ways.c"], check=True)
+    by_ring, by_32_bit = tmp_path / "by-ring", tmp_path / "by-32-bit"
+    by_ring.touch()
+    by_32_bit.touch()
+    with socket.create_server(("127.0.0.1", 0), backlog=32) as listener:
+        port = listener.getsockname()[1]
+        run = node.cgroup.run(program, "uring", by_ring, "7", str(port), stdout=subprocess.PIPE)
+        assert b"7 7\n" == run.communicate(timeout=20)[0]
+    if platform.machine() == "x86_64":
+        run = node.cgroup.run(program, "int80", by_32_bit, "7", stdout=subprocess.PIPE)
+        assert b"7\n" == run.communicate(timeout=20)[0]
+    time.sleep(2.5)
+    collector = next(s for s in node.get("/status")["services"] if s["service"] == "collector")
+    assert {"ring": 1, "open": 7, "connect": 7, "accept": 0} == collector["detail"]["io_uring"]
+    node.stop()
+    lines = list(node.lines())
+    paths = {str(line["event"].get("path", "")) for line in lines}
+    assert not {str(by_ring), str(by_32_bit)} & paths
+    assert not [line for line in lines if line["event"]["type"] == "net_connect" and str(port) in str(line["event"])]
+    # The states of the connections are seen all the same.
+    assert [line for line in lines if line["event"]["type"] == "tcp_state" and str(port) in str(line["event"])]
+    documents = b"".join(path.read_bytes() for path in node.evidence.glob("*.ledger.json"))
+    assert b'"io_uring":["connect","open","ring"]' in documents.replace(b"\\", b"")

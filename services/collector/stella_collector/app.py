@@ -93,6 +93,7 @@ class Collector:
             "version": VERSION,
         }
         self.config_state: dict[str, str] = {"sha256": self._fixed["config_sha256"]}
+        self.uring: dict[str, int] = {}
         self._coverage = b""
         self._coverage_due = 0.0
         self._targets: list[targets.Target] = []
@@ -264,6 +265,9 @@ class Collector:
             with anyio.move_on_after(TARGETS_SECONDS):
                 await self.selected.changed.wait()
             self.kernel.tell_limits()
+            ways = self.kernel.uring()
+            newly = {what for what, count in ways.items() if count} != {w for w, count in self.uring.items() if count}
+            self.uring = ways
             wanted = targets.any_wanted(self.signals)
             moved = self.look_for_targets() if wanted else False
             changed = moved
@@ -272,7 +276,7 @@ class Collector:
                 scan_due = time.monotonic() + (SCAN_SECONDS if wanted else NODE_SCAN_SECONDS)
             else:
                 changed |= await anyio.to_thread.run_sync(binaries.recheck)
-            if changed:
+            if changed or newly:
                 self.write_coverage()
 
     async def heed_notices(self) -> None:
@@ -334,6 +338,7 @@ class Collector:
             targets=self._targets,
             libraries=self.kernel.libraries,
             binaries=self.kernel.binaries.states(),
+            uring=self.uring,
             **self._fixed,
         )
         if document != self._coverage:
@@ -399,6 +404,7 @@ class Collector:
                 "libraries": self.kernel.libraries,
                 "binaries": msgspec.to_builtins(self.kernel.binaries.states()),
                 "privileges": privileges.left(),
+                "io_uring": self.uring,
                 "counters_pinned": self.runs.pinned,
                 "counters_pin_reason": self.runs.pin_reason,
                 "names": {**self.namer.stats(), "missing": self.namer.missing},
@@ -438,6 +444,7 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
             collector.accountant.begin(clock.boottime_ns())
             await anyio.to_thread.run_sync(kernel.attach)
             powers.after_attaching(signals)
+            collector.uring = kernel.uring()
             collector.write_coverage()
             drained = anyio.Event()
             async with anyio.create_task_group() as tasks:

@@ -45,6 +45,8 @@ class Coverage(msgspec.Struct, frozen=True):
     collector_version: str
     config_sha256: str
     filters: dict[str, list[str]]
+    #: What targets have asked for through io_uring, past the probes: `ring`, `open`, `connect`, `accept`; `unknown`.
+    io_uring: list[str]
     kernel_release: str
     libbpf: str
     libraries: list[str]
@@ -71,6 +73,7 @@ def document(
     version: str,
     stand_in: str = "",
     binaries: list[BinaryState] | None = None,
+    uring: dict[str, int] | None = None,
 ) -> bytes:
     """Return the canonical bytes.  `stand_in` names what replaced a real kernel (the demo), else ""."""
     kernel = os.uname()
@@ -89,6 +92,7 @@ def document(
                 "paths_allow": list(filters.paths.allowlist),
                 "paths_deny": list(filters.paths.denylist),
             },
+            io_uring=sorted(what for what, count in uring.items() if count) if uring else ["unknown"],
             kernel_release=kernel.release,
             libbpf=libbpf,
             libraries=sorted(libraries),

@@ -59,6 +59,9 @@ _RUNBOOK: Final = "issue-probe-failed-to-attach"
 PROGRAM_HEAD: Final = struct.Struct("<QIHBB")
 CGROUP_HEAD: Final = struct.Struct("<HBBI")
 WALK_MAX, WALK_ROOM = 512, 768
+#: Count what is asked for through io_uring, past every probe: rings made, opens, connects, accepts.
+URING: Final = {"stella_uring_made": "io_uring_create", "stella_uring_asked": "io_uring_submit_req"}
+_URING_COUNTS: Final = struct.Struct("<4Q")
 #: Follows new cgroups for target containers; no probe of the configuration.
 _MKDIR: Final = "stella_mkdir"
 #: Tells when a limit has ceased to cost records; run by us.
@@ -305,6 +308,7 @@ class Kernel:
         self._extras: tuple[str, ...] = _FUNCTION_PROGRAMS if functions else ()
         if functions or any(probe.library for probe in wanted):
             self._extras += _NOTICE_PROGRAMS
+        self._extras += tuple(URING)
         try:
             return self._open(wanted, self._extras)
         except NotPermitted:
@@ -321,7 +325,7 @@ class Kernel:
                     state.kernel, state.reason = False, str(e)
                     state.fix = "this kernel does not offer what the probe needs"
             self._extras = tuple(name for name in self._extras if self._takes(name))
-            if not good and not self._extras:
+            if not good and not set(self._extras) - set(URING):
                 raise whole
             return self._open(good, self._extras)
 
@@ -353,6 +357,10 @@ class Kernel:
             # Without it a container that starts later is found by looking, a quarter of a second late.
             with contextlib.suppress(StellaError):
                 self._links[_MKDIR] = [self._object.programs[_MKDIR].attach("tp_btf/cgroup_mkdir")]
+        for name, event in URING.items():
+            if name in self._extras:
+                with contextlib.suppress(StellaError):
+                    self._links[name] = [self._object.programs[name].attach(f"tp_btf/{event}")]
         self.binaries.begin(self._targets)
 
     def _refused(self, state: ProbeState, error: StellaError) -> None:
@@ -435,6 +443,14 @@ class Kernel:
     def tell_limits(self) -> None:
         """Have the programs tell which limits have ceased to cost records."""
         self._object.programs[_LIMITS].run(bytearray(8))
+
+    def uring(self) -> dict[str, int]:
+        """Return what targets asked for through io_uring, which no probe sees; what cannot be counted is left out."""
+        values = _URING_COUNTS.unpack(self._object.lookup("stella_uring", bytes(4), _URING_COUNTS.size) or bytes(32))
+        counted = dict(zip(("ring", "open", "connect", "accept"), values, strict=True))
+        if "stella_uring_asked" not in self._links:
+            counted = {"ring": counted["ring"]}
+        return counted if "stella_uring_made" in self._links else {}
 
     def set_targets(self, found: list[targets.Target]) -> bool:
         """Tell the programs who is watched; return whether that changed."""

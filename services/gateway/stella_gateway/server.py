@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -12,6 +13,7 @@ from typing import Final
 import anyio
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stella_shared.errors import ConfigError, NotPermitted
 
@@ -19,6 +21,8 @@ GRACE_SECONDS: Final = 3
 _BACKLOG: Final = 128
 _CONNECTIONS: Final = 64
 _HEAD_MAX_BYTES: Final = 16384
+#: A connection on which no whole request head comes in this time is closed: idle ones would keep others out.
+HEAD_SECONDS: Final = 5.0
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -38,6 +42,39 @@ def listen(address: str, port: int) -> socket.socket:
     return sock
 
 
+class _Impatient(H11Protocol):
+    """uvicorn's protocol, which by itself waits for a request's head for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_a_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        if not self.transport.is_closing():
+            self._wait_for_a_head()
+        super().on_response_complete()
+
+    def _wait_for_a_head(self) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class _Server(uvicorn.Server):
     """uvicorn that leaves the process's signals alone: the service has its own handling."""
 
@@ -53,7 +90,7 @@ async def serve(app: FastAPI, sock: socket.socket, stop: anyio.Event) -> None:
         log_config=None,
         access_log=False,
         lifespan="off",
-        http="h11",
+        http=_Impatient,
         ws="none",
         # A header must not be able to make a stranger look like loopback.
         proxy_headers=False,
