@@ -14,6 +14,7 @@ Decoders tolerate unknown trailing fields, so that parts of different age can ta
 from __future__ import annotations
 
 import base64
+import itertools
 import zlib
 from typing import Final
 
@@ -314,6 +315,20 @@ def encode_beat(beat: Beat) -> bytes:
 def decode_beat(data: bytes) -> Beat:
     """Decode a heartbeat.  Raises `BrokenPromise` naming what is wrong with it."""
     try:
-        return _beat_decoder.decode(data)
+        beat = _beat_decoder.decode(data)
     except _REFUSALS as e:
         raise BrokenPromise(f"heartbeat: {e}") from None
+    for name, histogram in beat.histograms.items():
+        if not _makes_sense(histogram):
+            raise BrokenPromise(f"heartbeat: {name!r} is no histogram")
+    return beat
+
+
+def _makes_sense(histogram: Histogram) -> bool:
+    """Whether bounds ascend, each bucket and the rest have a count, and no count is negative."""
+    bounds, counts = histogram.bounds, histogram.counts
+    return (
+        0 < len(bounds) == len(counts) - 1
+        and all(a < b for a, b in itertools.pairwise(bounds))
+        and all(0 <= count < 1 << 63 for count in counts)
+    )
