@@ -24,8 +24,8 @@ def site(tmp_path: Path) -> Site:
     made = Site(tmp_path / "node", metrics={"port": 1, "token_file": str(token)})
     passwords = nats_server.accounts(made.state)
     (made.state / "nats").mkdir()
-    conf = nats_server.configuration(4222, made.state / "nats", passwords)
-    (made.state / "nats" / "nats.conf").write_text(conf)
+    conf = nats_server.configuration("127.0.0.1:4222", made.state / "nats", passwords)
+    (made.state / "nats" / "nats.conf").write_text(json.dumps(conf))
     logs = made.state / "logs"
     logs.mkdir()
     key = (made.state / "keys" / "signing.key").read_text()
