@@ -63,7 +63,7 @@ def test_no_secret_is_in_it(site: Site, tmp_path: Path) -> None:
     out = tmp_path / "bundle.tar.gz"
     site.good("support-bundle", "--output", out)
     everything = b"\n".join(contents(out).values())
-    assert len(secrets(site)) > 10
+    assert len(secrets(site)) >= 10
     for secret in secrets(site):
         assert secret.encode() not in everything
     assert b"PRIVATE KEY" not in everything
