@@ -1,13 +1,16 @@
 """`make bench-containers`: containers that live for a moment, on a real Docker Engine; who of them has id and image?
 
-A node watches containers by a label.  Each container runs one program that opens one file, and ends.  Then the
-evidence is read: which containers have lines, with which id, and with an image or the reason why not.
+A node watches the cgroup below which the containers are made, or the containers by a label.  Each container runs one
+program that opens one file, and ends.  Then the evidence is read: which containers have lines, with which id, and
+with an image or the reason why not.
 
     CONTAINERS   how many (200)        AT_ONCE   how many are started at a time (2)
+    WATCH        cgroup, or label: then the engine, an enricher and the bus race with the start of each (cgroup)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -20,17 +23,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tests.enricher.cgroup_kit import mounts
 from tests.enricher.docker_kit import NAME, Engine, engine_with_image, why_no_engine
 from tests.system.node import Node
 
 CONTAINERS = int(os.environ.get("CONTAINERS", "200"))
 AT_ONCE = int(os.environ.get("AT_ONCE", "2"))
+BY_LABEL = os.environ.get("WATCH", "cgroup") == "label"
 
 
-def run_container(engine: Engine, number: int) -> str:
-    """Run one container to its end; return its id."""
+def run_container(engine: Engine, parent: str, number: int) -> str:
+    """Run one container to its end, below a cgroup; return its id."""
+    where = () if BY_LABEL else ("--cgroup-parent", parent)
     return engine.docker(
-        *("run", "-d", "--network", "none", "--label", "bench=yes", NAME),
+        *("run", "-d", "--network", "none", "--label", "bench=yes", *where, NAME),
         *("/bin/busybox", "cat", f"/etc/stella-bench-{number}"),
     )
 
@@ -55,25 +61,26 @@ def recorded(node: Node) -> list[dict[str, Any]]:
 
 def measure(engine: Engine, folder: Path) -> int:
     """Run the containers under a node, and print what became of them."""
+    by_label = {"target_cgroups": [], "target_containers": ["label:bench=yes"]} if BY_LABEL else {}
     node = Node(
         folder,
         "bench",
-        filters={
-            "target_cgroups": [],
-            "target_containers": ["label:bench=yes"],
-            "paths": {"allowlist": ["/etc/**"], "denylist": []},
-        },
+        filters={**by_label, "paths": {"allowlist": ["/etc/**"], "denylist": []}},
         runtimes={"docker_socket": str(engine.socket), "labels": ["bench"]},
     )
     node.start()
     begun = time.monotonic()
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            ids = list(pool.map(lambda number: run_container(engine, number), range(CONTAINERS)))
+            ids = list(pool.map(lambda number: run_container(engine, node.cgroup.name, number), range(CONTAINERS)))
         took = time.monotonic() - begun
         time.sleep(2.0)
         node.stop()
     finally:
+        for mount in mounts():
+            if mount.fstype == "cgroup":
+                with contextlib.suppress(OSError):
+                    Path(mount.point, node.cgroup.name.lstrip("/")).rmdir()
         node.close()
     lines = recorded(node)
     mine = {f"docker://{container_id}" for container_id in ids}

@@ -32,6 +32,12 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def free_ports() -> tuple[int, int]:
+    """Return two loopback ports that are free now."""
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        return int(first.getsockname()[1]), int(second.getsockname()[1])
+
+
 def build_generator(folder: Path) -> Path:
     """Compile generate.c and return the program."""
     program = folder / "generate"
@@ -74,8 +80,7 @@ class Node:
         self.config = folder / "stellaops.yaml"
         self.evidence = folder / "evidence"
         self.state = folder / "state"
-        self.http = free_port()
-        self.bus = free_port()
+        self.http, self.bus = free_ports()
         content: dict[str, Any] = {
             "node": name,
             "output_directory": str(self.evidence),
