@@ -182,9 +182,9 @@ class WatchedFunctions(_Section, frozen=True):
     image: Annotated[
         str,
         _text(
-            "A glob of image names, written into the coverage. In this release it keeps the node's own files out and "
-            "takes those of every container: the collector does not know images.",
-            max_length=512,
+            "A pattern of image names, as in the `image:` of filters.target_containers: only files that containers "
+            "of such images run are watched, and none of the node's own.",
+            max_length=selectors.MAX_GLOB,
         ),
     ] = ""
 
@@ -631,6 +631,11 @@ def check_runnable(signals: Signals) -> None:
             "signals.filters.target_containers has selectors, but no runtime may be asked what they match: set a "
             "socket of signals.runtimes, or write ids"
         )
+    if any(entry.image for entry in signals.probes.functions) and not any(sockets):
+        faults.append(
+            "signals.probes.functions has an image, but no runtime may be asked which containers are of it: set a "
+            "socket of signals.runtimes, or leave image out"
+        )
     if signing.enabled and signing.key_id.startswith("hsm:") and not signing.pin_file:
         faults.append("signals.signing.key_id is an HSM's key, and signals.signing.pin_file names no file with its PIN")
     if faults:
@@ -640,6 +645,13 @@ def check_runnable(signals: Signals) -> None:
 def has_trust_config(rekor: Rekor) -> bool:
     """Return whether the surroundings of a log are configured at all."""
     return bool(rekor.trust_config or (rekor.trusted_root and rekor.signing_config) or rekor.tuf_url)
+
+
+def selector_texts(signals: Signals) -> list[str]:
+    """Return the selectors of targets, then those of watched functions' images, each once."""
+    targets = [text for text in signals.filters.target_containers if selectors.is_selector(text)]
+    images = [selectors.of_image(entry.image) for entry in signals.probes.functions if entry.image]
+    return list(dict.fromkeys([*targets, *images]))
 
 
 def node_name(signals: Signals) -> str:

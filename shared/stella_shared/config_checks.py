@@ -111,8 +111,8 @@ def _watched_faults(item: Any) -> list[str]:
     found += [
         f"functions has {shown(name)}; allowed: printable text" for name in item.functions if not name.isprintable()
     ]
-    if not item.image.isprintable():
-        found.append(f"image is {shown(item.image)}; allowed: printable text")
+    if item.image and not (item.image.isprintable() and selectors.is_selector(selectors.of_image(item.image))):
+        found.append(f"image is {shown(item.image)}; allowed: printable text such as */nginx:*, without a scheme")
     return found
 
 

@@ -6,7 +6,8 @@
     label:<key>=<glob>   a label; without `=` it has to be there
 
 `*` stands for any text, `?` for one character.  The enricher, which may ask the runtimes, resolves what is no id
-and says which containers match, on `stella.ctl.<node>.targets`; the collector watches their cgroups.
+and says which containers match, on `stella.ctl.<node>.targets`; the collector watches their cgroups.  The `image` of
+`signals.probes.functions` goes the same way, as `image:<glob>`; its containers become no targets by that.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ def parse(text: str) -> Selector:
     if len(glob) > MAX_GLOB or not text.isprintable():
         raise ValueError(f"a pattern is printable, and has {MAX_GLOB} characters at the most")
     return Selector(text, kind, re.compile(fnmatch.translate(glob)), key)  # type: ignore[arg-type]
+
+
+def of_image(glob: str) -> str:
+    """Return the selector of containers whose image's name a glob matches."""
+    return f"image:{glob}"
 
 
 def selectors(targets: Iterable[str]) -> list[Selector]:

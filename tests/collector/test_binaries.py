@@ -116,7 +116,7 @@ def test_any_bytes_are_a_file_or_no_file(tmp_path: Path) -> None:
 
 
 def test_what_a_file_is_wanted_for() -> None:
-    """By path, by build-id, as a library, as a program; `image` leaves the node's own files alone."""
+    """By path, by build-id, as a library, as a program; `image` leaves the node's own files and other images alone."""
     entries = [
         WatchedFunctions(binary="/opt/**", functions=["f"]),
         WatchedFunctions(binary="build-id:abcd", functions=["f"]),
@@ -125,15 +125,67 @@ def test_what_a_file_is_wanted_for() -> None:
     tls = Library("openssl_read", "libssl", (("a", "b", "SSL_read"),))
     chooser = Chooser(Signals(probes=Probes(functions=entries, openssl_libraries=["/opt/x"])), [tls])
 
-    def wanted(path: str, *, own: bool, is_program: bool = False) -> tuple[list[int], bool]:
-        found = chooser.interest([path], own=own, is_program=is_program)
+    def wanted(path: str, *globs: str, own: bool, is_program: bool = False) -> tuple[list[int], bool]:
+        found = chooser.interest([path], own=own, is_program=is_program, globs=globs)
         return [entry.number for entry in found.entries], bool(found.libraries)
 
     assert ([0, 1], False) == wanted("/opt/y", own=True)
-    assert ([0, 1, 2], False) == wanted("/opt/y", own=False)
+    assert ([0, 1], False) == wanted("/opt/y", "nginx*", own=True)
+    assert ([0, 1], False) == wanted("/opt/y", own=False)
+    assert ([0, 1, 2], False) == wanted("/opt/y", "nginx*", own=False)
     assert ([1], True) == wanted("/usr/lib/libssl.so.3", own=True)
     assert ([0, 1], True) == wanted("/opt/x", own=True)
     assert ([1], True) == wanted("/bin/y", own=False, is_program=True)
+
+
+def test_a_file_waits_for_containers_of_the_images_that_mean_it() -> None:
+    """It is known which containers are new to an image, and for which images a file is to be looked at again."""
+    entries = [
+        WatchedFunctions(binary="/opt/**", functions=["f"], image="web*"),
+        WatchedFunctions(binary="/opt/**", functions=["g"], image="db"),
+        WatchedFunctions(binary="build-id:abcd", functions=["f"], image="any"),
+    ]
+    chooser = Chooser(Signals(probes=Probes(functions=entries)), [])
+    assert {"1", "2"} == chooser.select({"web*": frozenset("1"), "db": frozenset("12"), "not asked": frozenset("9")})
+    assert frozenset() == chooser.select({"web*": frozenset("1"), "db": frozenset("2")})
+    assert {"1"} == chooser.select({"web*": frozenset("1"), "db": frozenset("12")})
+    assert ({"web*", "db"}, {"db"}, frozenset()) == tuple(map(chooser.globs_of, ("1", "2", "")))
+
+    def waits_for(path: str, *globs: str, build_id: str = "", own: bool = False) -> set[str]:
+        return set(chooser.interest([path], own=own, is_program=True, globs=globs).waits_for(build_id))
+
+    assert {"web*", "db", "any"} == waits_for("/opt/x")
+    assert {"web*", "any"} == waits_for("/opt/x", "db")
+    assert {"web*", "db"} == waits_for("/opt/x", build_id="ef01")
+    assert {"any"} == waits_for("/bin/x") == waits_for("/bin/x", build_id="abcd")
+    assert set() == waits_for("/opt/x", own=True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (["0::/docker/{a}"], "a"),
+        (["0::/system.slice/docker-{a}.scope"], "a"),
+        (["0::/kubepods.slice/x.slice/cri-containerd-{a}.scope/{b}"], "a"),
+        (["0::/../../crio-{a}"], "a"),
+        (["0::/a.slice:cri-containerd:{a}"], "a"),
+        (["0::/libpod_parent/{b}/libpod-{a}"], "a"),
+        (["12:pids:/docker/{b}", "0::/docker/{a}"], "a"),
+        (["12:cpu,pids:/docker/{a}", "3:memory:/docker/{b}", "0::/"], "a"),
+        (["3:memory:/docker/{a}", "0::/user.slice"], ""),
+        (["0::/machine.slice/libpod-conmon-{a}.scope"], ""),
+        (["0::/docker/{a}0"], ""),
+        (["nonsense", ""], ""),
+    ],
+)
+def test_a_processes_container_is_its_outermost_cgroups(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], found: str
+) -> None:
+    """As the enricher names containers; cgroup v2 first, then the v1 hierarchy of the pids controller."""
+    ids = {"a": "a1" * 32, "b": "b2" * 32}
+    data = "\n".join(lines).format(**ids).encode()
+    monkeypatch.setattr(mapped, "open", lambda *_: io.BytesIO(data), raising=False)
+    assert ids.get(found, "") == mapped.container(1)
 
 
 def test_a_glob_names_files_on_disk(tmp_path: Path) -> None:

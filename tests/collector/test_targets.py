@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stella_collector import targets
 from stella_collector.selected import Selected
 from stella_collector.targets import Target
 from stella_shared import selectors
-from stella_shared.config import Filters, Signals, check_runnable, load
+from stella_shared.config import Filters, Probes, Signals, WatchedFunctions, check_runnable, load, selector_texts
 from stella_shared.errors import BrokenPromise, ConfigError
 from stella_shared.selectors import STALE_SECONDS, TargetSet, encode_target_set
 
@@ -120,11 +121,40 @@ def test_sets_that_are_none_are_refused(data: bytes) -> None:
     assert ({WEB: []}, False) == (selected.containers(), selected.heard)
 
 
+def test_images_of_watched_functions_are_no_targets() -> None:
+    """They are resolved like selectors, once for each, and told apart from what is watched."""
+    asked = Signals(
+        node="n",
+        filters=Filters(target_containers=[WEB, IMAGE]),
+        probes=Probes(
+            functions=[
+                WatchedFunctions(binary="/bin/x", functions=["f"], image=image)
+                for image in ("", "db*", "*/nginx:*", "db*")
+            ]
+        ),
+    )
+    assert [WEB, IMAGE, "image:db*"] == selector_texts(asked)
+    selected = Selected(asked)
+    selected.hear(encode_target_set(TargetSet("n", "e", {WEB: [A], IMAGE: [B], "image:db*": [C]})))
+    assert {WEB: [A], IMAGE: [B]} == selected.containers()
+    assert {"*/nginx:*": frozenset([B]), "db*": frozenset([C])} == selected.images()
+    selected.ask(msgspec.structs.replace(asked, filters=Filters()))
+    assert ({}, {"*/nginx:*": frozenset([B]), "db*": frozenset([C])}) == (selected.containers(), selected.images())
+    assert selected.wanted
+
+
 def test_only_what_was_asked_for_is_taken() -> None:
     """A selector that is not configured here adds nothing."""
     selected = Selected(signals(WEB))
     selected.hear(told("e", image=[A]))
     assert {WEB: []} == selected.containers()
+
+
+@pytest.mark.parametrize("image", ["//x", "a\nb"])
+def test_an_image_that_is_no_pattern_of_names_is_refused(image: str) -> None:
+    """The entry is named with what is allowed."""
+    with pytest.raises(ConfigError, match=r"signals\.probes\.functions.*image is"):
+        load(None, {}, {"probes.functions": [{"binary": "/bin/x", "functions": ["f"], "image": image}]})
 
 
 @pytest.mark.parametrize("text", ["name:", "image:", "label:", "label:=x", "label:a*=x", "name:" + "a" * 300])
@@ -142,4 +172,7 @@ def test_selectors_need_somebody_to_ask() -> None:
     with pytest.raises(ConfigError, match="no runtime may be asked"):
         check_runnable(load(None, {}, {**off, "filters.target_containers": [WEB]}))
     check_runnable(load(None, {}, {**off, "filters.target_containers": [A]}))
+    of_image = {"binary": "/bin/x", "functions": ["f"], "image": "db*"}
+    with pytest.raises(ConfigError, match="which containers are of it"):
+        check_runnable(load(None, {}, {**off, "probes.functions": [of_image]}))
     assert [] == selectors.selectors([A, f"docker://{A}"])

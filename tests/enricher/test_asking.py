@@ -222,6 +222,16 @@ async def test_targets_are_bounded() -> None:
     assert (selectors.MAX_CONTAINERS, True) == (len(selection.sets()["name:web"]), selection.truncated)
 
 
+async def test_the_first_selectors_have_the_room_there_is() -> None:
+    """Targets stand before images of functions: these are cut when one container matches both, and that is said."""
+    selection = Selection(selectors.selectors(["name:web", "image:*"]))
+    for number in range(selectors.MAX_CONTAINERS - 1):
+        selection.consider("d", f"{number:064x}", ("name:web", "image:*"), at=0.0)
+    sets = selection.sets()
+    assert (selectors.MAX_CONTAINERS - 1, 1) == (len(sets["name:web"]), len(sets["image:*"]))
+    assert selection.truncated
+
+
 async def test_a_hanging_runtime_is_waited_for_once() -> None:
     """One batch waits 20 ms, the next ones do not wait, and the questions stay bounded."""
     docker = Scripted("docker", {}, "hang")

@@ -271,6 +271,7 @@ class Collector:
             wanted = targets.any_wanted(self.signals)
             moved = self.look_for_targets() if wanted else False
             changed = moved
+            changed |= await anyio.to_thread.run_sync(binaries.select, self.selected.images())
             if moved or time.monotonic() >= scan_due:
                 changed |= await anyio.to_thread.run_sync(binaries.scan, self.kernel.target_ids)
                 scan_due = time.monotonic() + (SCAN_SECONDS if wanted else NODE_SCAN_SECONDS)

@@ -1,4 +1,5 @@
-"""Which containers the selectors match, as the enrichers of this node say on the bus.
+"""Which containers the selectors match, as the enrichers of this node say on the bus: of targets, and of the images
+of watched functions.
 
 A set is repeated every second.  The union of the sets that were heard lately counts.  When nobody speaks, or
 nobody knows all, the last known sets stay: a target that goes on running is not to be lost because an enricher
@@ -18,7 +19,7 @@ import msgspec
 
 from stella_shared import selectors, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import Signals, node_name
+from stella_shared.config import Signals, node_name, selector_texts
 from stella_shared.errors import BrokenPromise
 from stella_shared.selectors import TargetSet
 
@@ -43,13 +44,16 @@ class Selected:
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
         self._containers: dict[str, list[str]] = {}
+        self._targets: list[str] = []
+        self._globs: set[str] = set()
         self.changed = anyio.Event()
         self.ask(signals)
 
     def ask(self, signals: Signals) -> None:
         """Take up a configuration; containers of selectors that it has kept stay."""
-        asked = [s.text for s in selectors.selectors(signals.filters.target_containers)]
-        self._containers = {text: self._containers.get(text, []) for text in asked}
+        self._targets = [text for text in signals.filters.target_containers if selectors.is_selector(text)]
+        self._globs = {entry.image for entry in signals.probes.functions if entry.image}
+        self._containers = {text: self._containers.get(text, []) for text in selector_texts(signals)}
 
     @property
     def wanted(self) -> bool:
@@ -67,8 +71,12 @@ class Selected:
         return any(heard.targets.truncated for heard in self._heard.values())
 
     def containers(self) -> dict[str, list[str]]:
-        """Return each selector with the ids of its containers."""
-        return self._containers
+        """Return each selector of targets with the ids of its containers."""
+        return {text: self._containers[text] for text in self._targets}
+
+    def images(self) -> dict[str, frozenset[str]]:
+        """Return each `image` of watched functions with the ids of its containers."""
+        return {glob: frozenset(self._containers[selectors.of_image(glob)]) for glob in self._globs}
 
     def hear(self, data: bytes) -> None:
         """Take a set from the bus.  Raises `BrokenPromise` for what is none of this node's."""

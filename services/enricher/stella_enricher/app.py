@@ -34,7 +34,7 @@ from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
 from stella_shared import VERSION, clock, lifecycle, metrics, privileges, raw_batches, selectors, subjects
 from stella_shared.bus import Bus, Message, Work
-from stella_shared.config import Signals, bus_url, bus_user, node_name, symbols_directory
+from stella_shared.config import Signals, bus_url, bus_user, node_name, selector_texts, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import HEAD_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
@@ -365,7 +365,7 @@ def _asking(signals: Signals) -> Asking | None:
     return Asking(
         finder,
         labels=signals.runtimes.labels,
-        selection=Selection(selectors.selectors(signals.filters.target_containers)),
+        selection=Selection(selectors.selectors(selector_texts(signals))),
         max_bytes=memory_bytes(signals.resources),
         ttl_seconds=signals.resources.container_cache_ttl_seconds,
     )

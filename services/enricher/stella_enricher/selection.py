@@ -1,4 +1,4 @@
-"""The containers that the selectors of `filters.target_containers` match now.
+"""The containers that the selectors of a configuration match now: of its targets, and of watched functions' images.
 
 A container stays until its runtime says that it is no more, or leaves it out of its list.
 """
@@ -68,12 +68,14 @@ class Selection:
     def sets(self) -> dict[str, list[str]]:
         """Return each selector with the ids of the containers that match it."""
         sets: dict[str, list[str]] = {s.text: [] for s in self._selectors}
-        count = 0
         for container_id, chosen in sorted(self._chosen.items()):
             for text in chosen.selected:
-                if count < MAX_CONTAINERS:
-                    sets[text].append(container_id)
-                count += 1
+                sets[text].append(container_id)
+        left = MAX_CONTAINERS
+        for ids in sets.values():  # the targets' selectors come first
+            self.truncated |= len(ids) > left
+            del ids[left:]
+            left -= len(ids)
         return sets
 
     def _has_changed(self) -> None:

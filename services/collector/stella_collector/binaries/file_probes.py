@@ -70,6 +70,10 @@ class WatchedFile(msgspec.Struct):
     rows: list[int] = []
     states: list[BinaryState] = []
     entries: list[int] = []
+    #: Images of entries, and when a process of a container of each was seen to have the file.
+    globs: dict[str, float] = {}
+    #: Images for which more is attached once a container of them has the file.
+    waits_for: frozenset[str] = frozenset()
     #: Offsets that each process gets probes of its own for.
     per_process: tuple[tuple[Library, dict[str, int]], ...] = ()
     notice: bytes = b""
@@ -100,7 +104,7 @@ class FileProbes:
             obj, many="stella_fn_trace" in names and obj.programs["stella_fn_trace"].takes_uprobe_multi()
         )
         self.reader = Reader()
-        self.refused: dict[tuple[str, str], tuple[BinaryState, int]] = {}
+        self.refused: dict[tuple[str, str, str], tuple[BinaryState, int]] = {}
         #: Entries whose glob names files that have no such function.
         self.matchless: set[int] = set()
         self._of_process: dict[int, tuple[dict[FileId, list[Link]], str]] = {}
@@ -130,7 +134,7 @@ class FileProbes:
             self.rows.give_back(file.rows)
             return False
         for state in file.states:
-            self.refused.pop((state.binary, state.mode), None)
+            self.refused.pop((state.binary, state.mode, state.image), None)
         self._make_digest(file)
         return True
 
@@ -300,7 +304,7 @@ class FileProbes:
             )
 
     def _refuse_state(self, state: BinaryState, entry: int = -1) -> None:
-        key = state.binary, state.mode
+        key = state.binary, state.mode, state.image
         if key not in self.refused and len(self.refused) < REFUSED_MAX:
             log.warning("%s is not watched (%s): %s", state.binary, state.mode, state.reason)
             self.refused[key] = state, entry

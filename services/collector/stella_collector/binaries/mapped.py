@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -26,6 +28,14 @@ _MAPS_BYTES_MAX: Final = 8 << 20
 _FILES_MAX: Final = 1024
 #: What a look at all processes takes on at once.
 PROCESSES_MAX: Final = 32_768
+
+
+#: A container's cgroup, as the runtimes name it; below these parents bare digits are no container's.
+_CONTAINER: Final = re.compile(
+    rb"(?:[^:]*:)?(?:(?:docker|cri-containerd|nerdctl|crio|libpod|libpod-payload)[-:])?([0-9a-f]{64})(?:\.scope)?"
+)
+_NOT_PARENTS: Final = (b"libpod_parent", b"buildkit")
+_CGROUP_BYTES_MAX: Final = 1 << 16
 
 
 class Mapping(msgspec.Struct, frozen=True):
@@ -80,6 +90,28 @@ def program(pid: int) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_dev, status.st_ino
+
+
+def container(pid: int) -> str:
+    """Return the id of the container that a process is in, 64 hex, "" when in none.
+
+    The outermost counts: a process can make cgroups of any name below its own, and none above.  As in records, the
+    cgroup v1 hierarchy of the pids controller counts where v2 names no container.
+    """
+    try:
+        with open(f"/proc/{pid}/cgroup", "rb") as file:
+            lines = [line.split(b":", 2) for line in file.read(_CGROUP_BYTES_MAX).splitlines()]
+    except OSError:
+        return ""
+    paths = [line[2] for line in lines if len(line) == 3 and not line[1]]
+    paths += [line[2] for line in lines if len(line) == 3 and b"pids" in line[1].split(b",")]
+    for path in paths:
+        parts = [b"", *path.split(b"/")]
+        for above, part in itertools.pairwise(parts):
+            match = _CONTAINER.fullmatch(part)
+            if match and above not in _NOT_PARENTS:
+                return match[1].decode()
+    return ""
 
 
 def open_mapped(mapping: Mapping) -> int:

@@ -9,6 +9,9 @@ begins later is seen from its first call.  TLS and libc probes are attached the 
 and to programs that have the library linked in.  The node's own libssl, which is everybody's, is with targets
 attached to the targets' processes alone (docs/decisions/0005-tls-scope.md).
 
+A file may be wanted in containers of one image only: it then waits, known as dull or with other probes, until a
+process of such a container has it, and what is attached for that image goes when none has had it for a minute.
+
 What is attached is an open descriptor, so no path can lead elsewhere in between; the file's (device, inode) and time
 of change are compared again once its digest is made, and at each later look.  One lock; methods may block.
 """
@@ -20,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
@@ -28,7 +31,7 @@ import msgspec
 from stella_collector import targets
 from stella_collector.binaries import mapped
 from stella_collector.binaries.attaching import RealInode
-from stella_collector.binaries.choosing import Chooser, Library
+from stella_collector.binaries.choosing import Chooser, Entry, Library
 from stella_collector.binaries.file_probes import LIBRARY_NAME_MAX, BinaryState, FileProbes, WatchedFile
 from stella_collector.binaries.mapped import FileId, Mapping, file_id
 from stella_collector.binaries.notices import Notice, Notices
@@ -89,7 +92,8 @@ class Binaries:
         self._links: list[Link] = []
         self._files: dict[FileId, WatchedFile] = {}
         self._alias: dict[FileId, FileId] = {}
-        self._dull: dict[FileId, None] = {}
+        #: Files that nothing is wanted of, but in containers of these images.
+        self._dull: dict[FileId, frozenset[str]] = {}
         self._ids: set[int] = set()
         #: Processes of the targets that were there at the last look.
         self._met: set[int] = set()
@@ -129,18 +133,24 @@ class Binaries:
         """Return the entries for which no file was found at all."""
         met = {number for file in self._files.values() for number in file.entries}
         met |= {number for _, number in self._probes.refused.values()}
-        why = {True: "no file of that name has such a function", False: "no such file is run yet"}
         return [
             BinaryState(
                 e.asked.binary[:LIBRARY_NAME_MAX],
                 e.asked.mode,
                 0,
                 image=e.asked.image,
-                reason=why[e.number in self._probes.matchless],
+                reason=self._why_missing(e),
             )
             for e in self._chooser.entries
             if e.number not in met
         ]
+
+    def _why_missing(self, entry: Entry) -> str:
+        if entry.asked.image and not self._chooser.images[entry.asked.image]:
+            return "no container of that image is known"
+        if entry.number in self._probes.matchless:
+            return "no file of that name has such a function"
+        return "no container of that image runs such a file yet" if entry.asked.image else "no such file is run yet"
 
     # ---- attaching the programs that tell us, and letting go
 
@@ -252,18 +262,34 @@ class Binaries:
                 self._ids = set(ids)
             changed = self.recheck()
             changed |= self._look_on_disk(with_globs=True)
-            pids = targets.processes(self._ids) if self.scoped else mapped.everybody()
+            pids = self._in_scope()
             known: dict[tuple[int, int], FileId | None] = {}
             for pid in pids:
                 changed |= self._look(pid, known, [])
             self._let_go(set(pids))
             return self._say() or changed
 
+    def select(self, images: dict[str, frozenset[str]]) -> bool:
+        """Take up which containers are of the images that entries ask for; return whether anything changed."""
+        if images == self._chooser.images:
+            return False
+        with self._lock:
+            new = self._chooser.select(images)
+            changed = False
+            for pid in self._in_scope() if new else ():
+                if mapped.container(pid) in new:
+                    changed |= self._look(pid, {}, [])
+            return self._say() or changed
+
+    def _in_scope(self) -> list[int]:
+        return targets.processes(self._ids) if self.scoped else mapped.everybody()
+
     def _look(self, pid: int, known: dict[tuple[int, int], FileId | None], notices: list[Notice]) -> bool:
         """Look at what a process has mapped.  `known` spares looking at a file twice in one round."""
         changed = False
         told = {notice.version[0]: notice for notice in notices}
         program = mapped.program(pid)
+        globs = self._chooser.globs_of(mapped.container(pid)) if self._chooser.images else frozenset()
         for mapping in mapped.mappings(pid):
             place = mapping.device, mapping.inode
             if place not in known:
@@ -272,17 +298,19 @@ class Binaries:
             if version is None:
                 continue
             notice = told.pop(mapping.inode, None)
-            if version in self._dull:
-                continue
+            if globs & self._dull.get(version, frozenset()):
+                del self._dull[version]
+            if version not in self._dull:
+                changed |= self._look_at(mapping, version, globs, program)
             file = self._files.get(self._alias.get(version, version))
-            if file is None:
-                changed |= self._meet(mapping, is_program=(version.device, version.inode) == program)
-                file = self._files.get(self._alias.get(version, version))
             if file is None:
                 if notice is not None and version not in self._dull:
                     told[mapping.inode] = notice  # it has ended while we looked
+                elif notice is not None and self._dull[version] and self.notices is not None:
+                    self.notices.forget(notice.file)  # the next one may be in a container of such an image
                 continue
             file.used_at = time.monotonic()
+            file.globs.update(dict.fromkeys(file.globs.keys() & globs, file.used_at))
             if notice is not None:
                 self._keep_notice(file, notice)
             changed |= self._probes.attach_process(file, pid)
@@ -290,9 +318,22 @@ class Binaries:
             changed |= self._meet_by_path(notice)
         return changed
 
+    def _look_at(self, mapping: Mapping, version: FileId, globs: frozenset[str], program: tuple[int, int]) -> bool:
+        """Look at a file that a process has, if it is new, or if more is wanted of it there; say whether it changed."""
+        changed = False
+        if self._alias.get(version, version) not in self._files:
+            changed = self._meet(mapping, globs, is_program=(version.device, version.inode) == program)
+        file = self._files.get(self._alias.get(version, version))
+        if file is not None and globs & file.waits_for:
+            changed |= self._attach_anew(file, file.globs.keys() | globs)
+            # An alias ends with what was attached, and the file may go by another version here.
+            if self._alias.get(version, version) not in self._files:
+                self._meet(mapping, globs, is_program=file.is_program)
+        return changed
+
     def _keep_notice(self, file: WatchedFile, notice: Notice) -> None:
         file.notice = notice.file
-        if file.per_process and self.notices is not None:
+        if (file.per_process or file.waits_for) and self.notices is not None:
             self.notices.tell_each(notice.file)
 
     def _meet_by_path(self, notice: Notice) -> bool:
@@ -322,7 +363,7 @@ class Binaries:
             self._keep_notice(file, notice)
         return changed
 
-    def _meet(self, mapping: Mapping, *, is_program: bool) -> bool:
+    def _meet(self, mapping: Mapping, globs: frozenset[str], *, is_program: bool) -> bool:
         """Look at a file for the first time; return whether anything changed."""
         try:
             descriptor = mapped.open_mapped(mapping)
@@ -331,7 +372,7 @@ class Binaries:
         status = os.fstat(descriptor)
         own = mapped.is_own(mapping, status)
         paths = tuple(dict.fromkeys(mapped.path_for_process(mapping)))
-        return self._consider(descriptor, paths, own=own, is_program=is_program)
+        return self._consider(descriptor, paths, own=own, is_program=is_program, globs=globs)
 
     def _look_on_disk(self, *, with_globs: bool) -> bool:
         """Attach to the node's own files before anybody runs them, where the node's own processes are watched."""
@@ -361,10 +402,22 @@ class Binaries:
 
     # ---- one file
 
-    def _consider(self, descriptor: int, paths: tuple[str, ...], *, own: bool, is_program: bool) -> bool:
-        """Take over an open file: watch it, or close it and remember that it is dull."""
+    def _consider(
+        self,
+        descriptor: int,
+        paths: tuple[str, ...],
+        *,
+        own: bool,
+        is_program: bool,
+        globs: Collection[str] = frozenset(),
+    ) -> bool:
+        """Take over an open file: watch it, or close it and remember that it is dull.
+
+        `globs` are the images of the container it was found in.
+        """
         version = file_id(os.fstat(descriptor))
-        interest = self._chooser.interest(paths, own=own, is_program=is_program)
+        interest = self._chooser.interest(paths, own=own, is_program=is_program, globs=globs)
+        build_id = ""
         file: WatchedFile | None = None
         try:
             if not interest:
@@ -381,16 +434,20 @@ class Binaries:
                 paths[0][:LIBRARY_NAME_MAX], descriptor, version, real, own, paths, is_program,
                 used_at=time.monotonic(),
             )  # fmt: skip
-            if not self._probes.attach(file, interest):
+            attached = self._probes.attach(file, interest)
+            build_id = file.build_id
+            if not attached:
                 file = None
                 return bool(interest.entries)
+            file.globs = dict.fromkeys(interest.globs_of(file.entries), file.used_at)
+            file.waits_for = interest.waits_for(build_id)
             self._files[version] = file
             return True
         finally:
             if file is None:
                 os.close(descriptor)
                 if version not in self._alias:
-                    _remember(self._dull, version, None)
+                    _remember(self._dull, version, interest.waits_for(build_id))
 
     # ---- change
 
@@ -404,9 +461,12 @@ class Binaries:
             self._files[changed] = file
             return False
         log.warning("%s was changed on disk: attaching anew", file.name)
+        return self._attach_anew(file, file.globs.keys())
+
+    def _attach_anew(self, file: WatchedFile, globs: Collection[str]) -> bool:
         descriptor = os.dup(file.descriptor)
         self._drop(file)
-        self._consider(descriptor, file.paths, own=file.own, is_program=file.is_program)
+        self._consider(descriptor, file.paths, own=file.own, is_program=file.is_program, globs=globs)
         return True
 
     def _content_changed(self, file: WatchedFile) -> bool:
@@ -422,8 +482,11 @@ class Binaries:
                 self._probes.drop_process(pid)
         for file in list(self._files.values()):
             nameless = not os.fstat(file.descriptor).st_nlink
+            unused = {glob for glob, at in file.globs.items() if now - at > _UNUSED_SECONDS}
             if (nameless or not file.own) and now - file.used_at > _UNUSED_SECONDS:
                 self._drop(file)
+            elif unused:
+                self._attach_anew(file, file.globs.keys() - unused)
 
     def _drop(self, file: WatchedFile) -> None:
         self._files.pop(file.id, None)
