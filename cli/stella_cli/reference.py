@@ -197,7 +197,8 @@ def _subjects() -> str:
         f"signer and any subscriber | evidence lines; header `{subjects.HEAD_HEADER}`: `PartHead`, JSON |",
         "| `stella.beat.<service>.<instance>` | core NATS | every service, once a second → gateway | `Beat`, JSON |",
         "| `stella.ctl.<node>.targets` | core NATS | enrichers, once a second and at a change → collector | "
-        "`TargetSet`, JSON; only when `signals.filters.target_containers` has selectors |",
+        "`TargetSet`, JSON; only when `signals.filters.target_containers` has selectors, or a watched function an "
+        "`image` |",
         "",
         f"`<type>` is one of {', '.join(f'`{name}`' for name in events.EVENT_TYPES)}, or "
         f"`{subjects.LEDGER_TYPE}` for a batch that left no line.",

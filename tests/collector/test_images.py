@@ -26,6 +26,7 @@ CONTAINED = (
     'echo $$ > "$3/cgroup.procs" && mount -t tmpfs none "$1" && mkdir "$1/u" "$1/w" "$1/m" && '
     'mount -t overlay overlay -o lowerdir="$2",upperdir="$1/u",workdir="$1/w" "$1/m" && exec "$1/m/caller" "$4"'
 )
+BESIDE = 'echo $$ > "$3/cgroup.procs" && exec "$1/m/caller" "$4"'
 
 
 class Containers:
@@ -40,12 +41,15 @@ class Containers:
         for cgroup in self.cgroups:
             cgroup.mkdir()
 
-    def run(self, container: str, times: int) -> subprocess.Popen[bytes]:
-        """Start a caller, which waits for `go`."""
-        own = self._folder / f"{container[:2]}-{len(self._begun)}"
-        own.mkdir()
+    def run(
+        self, container: str, times: int, *, beside: subprocess.Popen[bytes] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a caller, which waits for `go`; `beside` another one it has the same mount."""
+        where = ("unshare", "-m") if beside is None else ("nsenter", "-m", "-t", str(beside.pid))
+        own = self._folder / str(len(self._begun)) if beside is None else self._folder / "0"
+        own.mkdir(exist_ok=True)
         arguments = (own, self._folder / "layer", self._watch.cgroup.path / container, str(times))
-        command = ("unshare", "-m", "sh", "-c", CONTAINED, "sh", *arguments)
+        command = (*where, "sh", "-c", CONTAINED if beside is None else BESIDE, "sh", *arguments)
         process = self._watch.cgroup.run(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._begun.append(process)
         wait_for(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "caller\n")
@@ -114,16 +118,18 @@ def test_a_file_is_taken_once_a_container_of_the_image_has_it(watch: Start, tmp_
 
 
 def test_a_file_that_is_dull_elsewhere_is_told_of_each_time(watch: Start, tmp_path: Path) -> None:
-    """A process of a known container of the image is told of, though the layer's file was run before."""
+    """A process of a known container of the image is told of, though another image's has run the very file before."""
     w = watch(**ALONE, probes__functions=[entry("/**/caller", "first", image="web*")])
     w.kernel.binaries.select({"web*": frozenset([WEB])})
-    with heeding(w), containers(w, tmp_path) as running:
+    with containers(w, tmp_path) as running:
         other = running.run(DB, 100)
-        wait_for(lambda: reason(w, "web*") == "no container of that image runs such a file yet")
+        running.run(DB, 100, beside=other)  # so that all else that a start takes is known
+        w.kernel.binaries.look_at_notices()
         running.call(other)
-        web = running.run(WEB, 3)
-        wait_for(lambda: {"web*": 1} == watched(w))
-        running.end(other)
+        assert ({}, "no container of that image runs such a file yet") == (watched(w), reason(w, "web*"))
+        web = running.run(WEB, 3, beside=other)
+        w.kernel.binaries.look_at_notices()
+        assert {"web*": 1} == watched(w)
         running.call(web)
         found = w.finish().events(FunctionCall)
     assert Counter({"first": 3}) == calls(found)
