@@ -22,14 +22,15 @@ def write(directory: str, listen: str, store: str, *, monitor: str, certificate:
     folder = Path(directory).absolute()
     place = Path(store).absolute() if store else folder / "jetstream"
     try:
-        nats_server.write_external(folder, nats_server.External(listen, place, monitor, certificate, key))
+        accounts = nats_server.write_external(folder, nats_server.External(listen, place, monitor, certificate, key))
     except OSError as e:
         raise NotPermitted(
             f"cannot write {e.filename or folder}: {e.strerror}", hint="run as the owner of that directory"
         ) from None
     click.echo(f"server    {folder / 'nats.conf'}: nats-server --config {folder / 'nats.conf'}")
-    for user in (*nats_server.USERS, "reader"):
-        click.echo(f"account   {folder / user}.json")
+    for user, account in accounts.items():
+        old = "" if account.seed else "  (a password of an older release; remove the file, and it gets a key)"
+        click.echo(f"account   {folder / user}.json{old}")
     click.echo("\nEach service takes its own account file: bus.json in its state directory, or")
     click.echo("signals.bus.credentials_file; signals.bus.url names the server.")
 

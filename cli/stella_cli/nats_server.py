@@ -11,29 +11,27 @@
 
 On the embedded server, which listens on loopback only, a client that gives no name is `reader`: any NATS
 subscriber on this machine sees the evidence lines and can change nothing.  On a server that others reach
-(`external`) nobody is anybody without a password.  Raw batches hold the arguments of programs before redaction:
+(`external`) nobody is anybody without a key.  Raw batches hold the arguments of programs before redaction:
 no user but the enricher's and the operator's can read them.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 import socket
 import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import msgspec
-
+from stella_cli import bus_accounts
+from stella_cli.bus_accounts import USERS
 from stella_cli.node_file import write_private
 from stella_shared import subjects
-from stella_shared.config import BusUser, BusUsers
-from stella_shared.errors import BrokenPromise, NotFound, UsageError
+from stella_shared.config import BusUser
+from stella_shared.errors import NotFound, UsageError
 
 LOOPBACK: Final = "127.0.0.1"
-USERS: Final = ("collector", "enricher", "signer", "gateway", "operator")
 #: Both streams at their limits, and as much again for what the server keeps beside them.
 _STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
 
@@ -119,26 +117,7 @@ def choose_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def accounts(state: Path) -> dict[str, str]:
-    """Return the embedded server's users and passwords, made once and kept in `bus.json` (mode 0600)."""
-    path = state / "bus.json"
-    kept = _kept_accounts(path)
-    users = {user: kept.get(user) or BusUser(user, secrets.token_hex(24)) for user in USERS}
-    write_private(path, msgspec.json.format(msgspec.json.encode(BusUsers(users))) + b"\n")
-    return {user: entry.password for user, entry in users.items()}
-
-
-def _kept_accounts(path: Path) -> dict[str, BusUser]:
-    """Return the users that the file `path` has; none when it is not there."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=BusUsers).users
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.MsgspecError) as e:
-        raise BrokenPromise(f"{path} is no account file: {e}", hint="remove it; it is made again") from None
-
-
-def configuration(listen: str, store: Path, passwords: dict[str, str]) -> dict[str, Any]:
+def configuration(listen: str, store: Path, accounts: dict[str, BusUser]) -> dict[str, Any]:
     """Return the content of nats.conf: where it listens, its store, and what each of the users may do."""
     return {
         "listen": listen,
@@ -153,8 +132,8 @@ def configuration(listen: str, store: Path, passwords: dict[str, str]) -> dict[s
         },
         "authorization": {
             "users": [
-                {"user": user, "password": password, "permissions": permissions(user)}
-                for user, password in passwords.items()
+                {**bus_accounts.as_server_knows(account), "permissions": permissions(user)}
+                for user, account in accounts.items()
             ]
         },
     }
@@ -170,10 +149,10 @@ def prepare(state: Path, port: int) -> tuple[str, list[str]]:
     binary = find_binary()
     port = choose_port(port)
     path = state / "nats" / "nats.conf"
-    # The reader has a password nobody knows: it is reached by giving no name at all.
-    passwords = {**accounts(state), "reader": secrets.token_hex(24)}
-    content = configuration(f"{LOOPBACK}:{port}", state / "nats", passwords)
-    _write(path, {**content, "no_auth_user": "reader"})
+    # The reader has a key that nobody keeps: it is reached by giving no name at all.
+    reader = bus_accounts.new()
+    content = configuration(f"{LOOPBACK}:{port}", state / "nats", {**bus_accounts.of_node(state), "reader": reader})
+    _write(path, {**content, "no_auth_user": bus_accounts.as_server_knows(reader)["nkey"]})
     return f"nats://{LOOPBACK}:{port}", [binary, "--config", str(path)]
 
 
@@ -187,22 +166,23 @@ class External(NamedTuple):
     key: str = ""
 
 
-def write_external(folder: Path, server: External) -> None:
-    """Write `nats.conf` and each user's own account file into `folder`; passwords that are there stay.
+def write_external(folder: Path, server: External) -> dict[str, BusUser]:
+    """Write `nats.conf` and each user's own account file into `folder`; accounts that are there stay.  Return them.
 
     An account file (`collector.json`, …) holds that user alone, mode 0600, in the form of `bus.json`: a service
-    that is given its own file cannot speak as another one.
+    that is given its own file cannot speak as another one.  Passwords of an older release stay too: the services
+    that have them run elsewhere, and would be locked out.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    passwords: dict[str, str] = {}
+    accounts: dict[str, BusUser] = {}
     for user in (*USERS, "reader"):
-        kept = _kept_accounts(path := folder / f"{user}.json")
-        account = kept.get(user) or BusUser(user, secrets.token_hex(24))
-        write_private(path, msgspec.json.format(msgspec.json.encode(BusUsers({user: account}))) + b"\n")
-        passwords[user] = account.password
-    content = configuration(server.listen, server.store, passwords)
+        path = folder / f"{user}.json"
+        accounts[user] = bus_accounts.kept(path).get(user) or bus_accounts.new()
+        bus_accounts.write(path, {user: accounts[user]})
+    content = configuration(server.listen, server.store, accounts)
     if server.monitor:
         content["http"] = server.monitor
     if server.certificate:
         content["tls"] = {"cert_file": server.certificate, "key_file": server.key, "timeout": 5}
     _write(folder / "nats.conf", content)
+    return accounts

@@ -27,6 +27,8 @@ _FORMS: Final = (
     re.compile(rb"(?i)(?<=bearer )[a-z0-9._~+/=-]{8,}"),
     re.compile(rb"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
     re.compile(rb"(?i)(?<=\"password\": \")[^\"]+|(?<=\"password\":\")[^\"]+"),
+    # Seeds of nkeys: of users, accounts, operators, servers, clusters.
+    re.compile(rb"(?<![A-Z0-9])S[UAONC][A-Z2-7]{56}(?![A-Z0-9])"),
 )
 
 
@@ -44,8 +46,9 @@ class Secrets:
         values: set[bytes] = set()
         unreadable: list[str] = []
         signals = settings.signals
-        files = [
+        files = {
             bus_users_file(signals),
+            settings.state / "bus.json",
             settings.state / "nats" / "nats.conf",
             settings.state / "keys" / SIGNING_KEY,
             *(
@@ -57,8 +60,8 @@ class Secrets:
                 )
                 if name
             ),
-        ]
-        for path in files:
+        }
+        for path in sorted(files):
             try:
                 with path.open("rb") as file:
                     content = file.read(_FILE_BYTES)
@@ -87,24 +90,24 @@ class Secrets:
 
 
 def _secrets_in(content: bytes) -> Iterator[bytes]:
-    """Yield the secret values of a file: the passwords of a JSON document, else every line of it."""
+    """Yield the secret values of a file: the passwords and seeds of a JSON document, else every line of it."""
     try:
         document = json.loads(content)
     except ValueError:
         document = None
     if isinstance(document, dict | list):
-        yield from _passwords(document)
+        yield from _passwords_and_seeds(document)
         return
     yield from (line.strip() for line in content.splitlines() if not line.startswith(b"-----"))
 
 
-def _passwords(value: Any) -> Iterator[bytes]:
+def _passwords_and_seeds(value: Any) -> Iterator[bytes]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key == "password" and isinstance(inner, str):
+            if key in {"password", "seed"} and isinstance(inner, str):
                 yield inner.encode()
             else:
-                yield from _passwords(inner)
+                yield from _passwords_and_seeds(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _passwords(inner)
+            yield from _passwords_and_seeds(inner)

@@ -185,10 +185,8 @@ class Supervisor:
             self._bus_url, command = nats_server.prepare(self.plan.state, signals.bus.port)
             await self._start(tasks, [self._make("nats", "nats", command)])
             await self._bus_answers()
-        user, password = bus_user(signals, "operator")
-        self.bus = await connected(
-            stack, self._bus_url, name="supervisor", user=user, password=password, seconds=BUS_SECONDS
-        )
+        account = bus_user(signals, "operator")
+        self.bus = await connected(stack, self._bus_url, name="supervisor", account=account, seconds=BUS_SECONDS)
         await self._make_streams()
         tasks.start_soon(self._listen, self.bus)
         enrichers = [self._make_service("enricher", n) for n in range(1, signals.enrichers + 1)]

@@ -16,7 +16,7 @@ from stella_cli import event_rows, failure, gateway
 from stella_cli.settings import Settings
 from stella_shared import clock, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import bus_url, bus_user
+from stella_shared.config import BusUser, bus_url, bus_user
 from stella_shared.errors import NotFound, TryAgain, UsageError
 from stella_shared.events import EVENT_TYPES
 
@@ -40,14 +40,14 @@ def run(settings: Settings, types: list[str], count: int | None, form: str | Non
 
 
 async def connected(
-    stack: contextlib.AsyncExitStack, url: str, *, name: str, user: str, password: str, seconds: float
+    stack: contextlib.AsyncExitStack, url: str, *, name: str, account: BusUser | None, seconds: float
 ) -> Bus:
     """Return a connection that `stack` closes.  Raises `TryAgain` when none stands after `seconds`."""
     try:
         # A server that never answers must not keep a person waiting, whatever the client library does.
         with anyio.fail_after(seconds + 1.0):
             return await stack.enter_async_context(
-                Bus.connect(url, name=name, user=user, password=password, patience_seconds=seconds)
+                Bus.connect(url, name=name, account=account, patience_seconds=seconds)
             )
     except TimeoutError:
         raise TryAgain(
@@ -68,10 +68,10 @@ async def lines(bus: Bus, types: list[str]) -> AsyncIterator[bytes]:
 
 
 async def _tail(settings: Settings, types: list[str], count: int | None, as_table: bool) -> None:
-    url, user, password = where(settings)
+    url, account = where(settings)
     async with contextlib.AsyncExitStack() as stack:
         try:
-            bus = await connected(stack, url, name="tail", user=user, password=password, seconds=2.0)
+            bus = await connected(stack, url, name="tail", account=account, seconds=2.0)
         except TryAgain:
             if gateway.running_node(settings) is None and not settings.signals.bus.url:
                 raise NotFound(
@@ -111,9 +111,9 @@ async def _end_with_reader() -> None:
         await anyio.sleep(0.3)
 
 
-def where(settings: Settings) -> tuple[str, str, str]:
-    """Return URL, user and password for reading.  The embedded server lets anybody here read, by no name."""
+def where(settings: Settings) -> tuple[str, BusUser | None]:
+    """Return URL and account for reading.  The embedded server lets anybody here read, by no name."""
     node = gateway.running_node(settings)
     if settings.signals.bus.credentials_file:
-        return bus_url(settings.signals), *bus_user(settings.signals, "reader")
-    return (node.bus_url if node else bus_url(settings.signals)), "", ""
+        return bus_url(settings.signals), bus_user(settings.signals, "reader")
+    return (node.bus_url if node else bus_url(settings.signals)), None

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes what a node needs and has not yet: the signing key and the chain, the bus users, the gateway's token.
-# Each volume then belongs to the user that uses it, and each service sees its own bus password alone.
+# Each volume then belongs to the user that uses it, and each service sees its own bus key alone.
 set -eu
 umask 077
 user=10001:10001
@@ -11,7 +11,7 @@ chmod 0700 /var/lib/stellaops/state
 made=$(setpriv --reuid 10001 --regid 10001 --clear-groups stella signals init)
 printf '%s\n' "$made" | grep -v '^Next: '
 
-# The server's own folder holds every password: it has to know them.
+# The account files stay beside the server's configuration, so that the next run finds them.
 stella signals bus-config --directory /init/nats --listen "${STELLA_BUS_LISTEN:-0.0.0.0:4222}" --monitor 127.0.0.1:8222 \
   --store-directory /etc/nats/jetstream >/dev/null
 chown -R "$user" /init/nats

@@ -34,6 +34,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from stella_shared import subjects
+from stella_shared.config import BusUser
 from stella_shared.errors import BrokenPromise, NotPermitted, TryAgain
 from stella_shared.wire import Beat, decode_beat, encode_beat
 
@@ -175,15 +176,15 @@ class Bus:
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(
-        cls, url: str, *, name: str, user: str = "", password: str = "", patience_seconds: float = 30.0
+        cls, url: str, *, name: str, account: BusUser | None = None, patience_seconds: float = 30.0
     ) -> AsyncIterator[Bus]:
         """Connect to `url` and close at the end of the block.
 
-        Waits up to `patience_seconds` for a server that is still starting.  Raises `TryAgain` when there is
-        none, `NotPermitted` when it refuses the user.
+        Without an `account` the server decides who that is.  Waits up to `patience_seconds` for a server that
+        is still starting.  Raises `TryAgain` when there is none, `NotPermitted` when it refuses the account.
         """
         nc = Client()
-
+        who = "a client without a name" if account is None else f"user {account.user}" if account.user else "our nkey"
         refused = False
 
         async def quiet(e: Exception) -> None:
@@ -200,8 +201,9 @@ class Bus:
                     await nc.connect(
                         url,
                         name=f"stella {name}",
-                        user=user or None,
-                        password=password or None,
+                        user=(account and account.user) or None,
+                        password=(account and account.password) or None,
+                        nkeys_seed_str=(account and account.seed) or None,
                         allow_reconnect=True,
                         max_reconnect_attempts=-1,
                         reconnect_time_wait=0.2,  # type: ignore[arg-type]  # the library takes fractions
@@ -217,7 +219,7 @@ class Bus:
                     await asyncio.wait_for(nc.close(), 1.0)
                 if refused or "uthorization" in str(e):
                     raise NotPermitted(
-                        f"the NATS server at {url} refuses user {user or '(none)'}",
+                        f"the NATS server at {url} refuses {who}",
                         hint="check bus.credentials_file, or the state directory's bus.json",
                     ) from None
                 if asyncio.get_running_loop().time() > deadline:

@@ -400,8 +400,8 @@ class BusSection(_Section, frozen=True):
     credentials_file: Annotated[
         str,
         _text(
-            "JSON file with each service's user and password on the bus, in the form of the bus.json in the "
-            "state directory. Empty: that bus.json."
+            "JSON file with the seed of each service's nkey on the bus, or its user and password, in the form of the "
+            "bus.json in the state directory. Empty: that bus.json."
         ),
     ] = ""
 
@@ -529,15 +529,23 @@ class Signals(_Section, frozen=True):
     ] = True
 
 
-class BusUser(Struct, frozen=True):
-    """One service's user on the bus."""
+class BusUser(Struct, frozen=True, omit_defaults=True):
+    """One service's account on the bus: the seed of an nkey, or user and password as older releases made them."""
 
-    user: str
-    password: str
+    user: str = ""
+    password: str = ""
+    seed: Annotated[str, Meta(pattern="^(SU[A-Z2-7]{56})?$")] = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.seed) == bool(self.user or self.password):
+            raise ValueError("an account has a seed, or else user and password")
+
+    def __repr__(self) -> str:
+        return f"BusUser({self.user or 'nkey'})"
 
 
 class BusUsers(Struct, frozen=True):
-    """The content of bus.json: users by service name.  Mode 0600; it never leaves the node."""
+    """The content of bus.json: accounts by service name.  Mode 0600; it never leaves the node."""
 
     users: dict[str, BusUser]
 
@@ -679,8 +687,8 @@ def bus_users_file(signals: Signals) -> Path:
     return Path(signals.bus.credentials_file or state_directory(signals) / "bus.json")
 
 
-def bus_user(signals: Signals, service: str) -> tuple[str, str]:
-    """Return (user, password) of `service` on the bus; ("", "") when there is no users file or no such user.
+def bus_user(signals: Signals, service: str) -> BusUser | None:
+    """Return the account of `service` on the bus; None when there is no users file or no such user.
 
     Raises `ConfigError` when the file is there and cannot be used.
     """
@@ -688,15 +696,13 @@ def bus_user(signals: Signals, service: str) -> tuple[str, str]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return "", ""
+        return None
     except OSError as e:
         raise ConfigError(f"bus users {path}: {e.strerror}") from None
     try:
-        users = msgspec.json.decode(data, type=BusUsers).users
+        return msgspec.json.decode(data, type=BusUsers).users.get(service)
     except msgspec.MsgspecError as e:
         raise ConfigError(f"bus users {path}: {e}") from None
-    user = users.get(service)
-    return (user.user, user.password) if user else ("", "")
 
 
 def digest(signals: Signals) -> str:

@@ -56,9 +56,9 @@ def main(service: str) -> None:
 
 async def _serve(service: str, instance: str, config_file: Path, manners: Path) -> None:
     signals = config.load(config_file, {})
-    user, password = config.bus_user(signals, service)
+    account = config.bus_user(signals, service)
     with lifecycle.stop_event() as stop:
-        async with Bus.connect(config.bus_url(signals), name=service, user=user, password=password) as bus:
+        async with Bus.connect(config.bus_url(signals), name=service, account=account) as bus:
             started = time.time()
 
             def beat() -> Beat:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from chain_kit import Site
 
-from stella_cli import nats_server
+from stella_cli import bus_accounts, nats_server
 from stella_cli.secrets_of_node import REPLACEMENT, Secrets
+from stella_shared.config import BusUser
 
 TOKEN = "a-token-of-the-gateway-0123456789"
 
@@ -22,15 +23,16 @@ def site(tmp_path: Path) -> Site:
     token.write_text(TOKEN + "\n")
     token.chmod(0o600)
     made = Site(tmp_path / "node", metrics={"port": 1, "token_file": str(token)})
-    passwords = nats_server.accounts(made.state)
+    accounts = bus_accounts.of_node(made.state)
+    accounts["reader"] = BusUser("reader", "an-older-password")
     (made.state / "nats").mkdir()
-    conf = nats_server.configuration("127.0.0.1:4222", made.state / "nats", passwords)
+    conf = nats_server.configuration("127.0.0.1:4222", made.state / "nats", accounts)
     (made.state / "nats" / "nats.conf").write_text(json.dumps(conf))
     logs = made.state / "logs"
     logs.mkdir()
     key = (made.state / "keys" / "signing.key").read_text()
     (logs / "signer.log").write_text(f"a fault dumped {key}\n")
-    (logs / "nats.log").write_text("".join(f"user {u} gave {p}\n" for u, p in passwords.items()))
+    (logs / "nats.log").write_text("".join(f"user {u} gave {a.seed or a.password}\n" for u, a in accounts.items()))
     (logs / "gateway.log").write_text(f"GET / Authorization: Bearer {TOKEN}\nnats://a:sesame-1@10.0.0.1:4222\n")
     (logs / "collector.log").write_text("x" * 300_000 + "\nthe end\n")
     return made
@@ -52,14 +54,14 @@ def secrets(site: Site) -> set[str]:
     return {
         TOKEN,
         "sesame-1",
-        *(user["password"] for user in users.values()),
-        *(user["password"] for user in conf["authorization"]["users"]),
+        *(user["seed"] for user in users.values()),
+        *(user["password"] for user in conf["authorization"]["users"] if "password" in user),
         *(line for line in key if not line.startswith("-----")),
     }
 
 
 def test_no_secret_is_in_it(site: Site, tmp_path: Path) -> None:
-    """Bus passwords, the signing key, the gateway's token: logs that hold them lose them, and it is counted."""
+    """Seeds of the bus, the signing key, the gateway's token: logs that hold them lose them, and it is counted."""
     out = tmp_path / "bundle.tar.gz"
     site.good("support-bundle", "--output", out)
     everything = b"\n".join(contents(out).values())
@@ -115,10 +117,13 @@ def test_what_has_the_form_of_a_secret_goes_too() -> None:
         b"nats://user:hunter22@host:4222",
         b"Authorization: Bearer abcdefgh12345678",
         b"eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl",
+        b"seed SU" + b"A2" * 28,
     ):
         found = Secrets([]).scrub(text)
         assert REPLACEMENT in found
-        assert not {b"hunter22", b"abc", b"abcdefgh12345678", b"c2lnbmF0dXJl"} & set(found.replace(b"@", b" ").split())
+        assert not {b"hunter22", b"abc", b"abcdefgh12345678", b"c2lnbmF0dXJl", b"SU" + b"A2" * 28} & set(
+            found.replace(b"@", b" ").split()
+        )
 
 
 def test_a_short_pin_is_taken_out_as_a_word() -> None:

@@ -26,11 +26,12 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def account(folder: Path, service: str) -> dict[str, str]:
-    """Return user and password as a service reads them from its own file."""
+def account(folder: Path, service: str) -> config.BusUser:
+    """Return the account as a service reads it from its own file."""
     signals = config.load(None, {}, {"bus.credentials_file": str(folder / f"{service}.json")})
-    user, password = config.bus_user(signals, service)
-    return {"user": user, "password": password}
+    found = config.bus_user(signals, service)
+    assert found is not None
+    return found
 
 
 @contextmanager
@@ -53,22 +54,24 @@ def serving(folder: Path, port: int) -> Iterator[None]:
             process.terminate()
 
 
-def test_each_service_is_given_its_own_password_and_no_other(tmp_path: Path) -> None:
-    """One file for each user, for its owner only; the server's configuration knows them all and no nameless user."""
+def test_each_service_is_given_its_own_key_and_no_other(tmp_path: Path) -> None:
+    """One file for each user, for its owner only; nats.conf has the public keys and no nameless user."""
     assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path / "bus")])
-    found = {user: account(tmp_path / "bus", user)["password"] for user in FOLDER_USERS}
+    found = {user: account(tmp_path / "bus", user).seed for user in FOLDER_USERS}
     assert len(FOLDER_USERS) == len(set(found.values()))
     for user in FOLDER_USERS:
         file = tmp_path / "bus" / f"{user}.json"
         assert 0o600 == file.stat().st_mode & 0o777
         assert [user] == list(json.loads(file.read_bytes())["users"])
-    server = json.loads((tmp_path / "bus" / "nats.conf").read_bytes())
-    assert found == {u["user"]: u["password"] for u in server["authorization"]["users"]}
+    said = (tmp_path / "bus" / "nats.conf").read_text()
+    server = json.loads(said)
+    assert not [seed for seed in found.values() if seed in said]
+    assert {"nkey", "permissions"} == {key for user in server["authorization"]["users"] for key in user}
     assert "no_auth_user" not in server
 
 
-def test_passwords_stay_when_it_is_run_again(tmp_path: Path) -> None:
-    """Services that run already go on; one whose file was removed gets a new password."""
+def test_accounts_stay_when_it_is_run_again(tmp_path: Path) -> None:
+    """Services that run already go on; one whose file was removed gets a new key."""
     command = ["signals", "bus-config", "--directory", str(tmp_path)]
     assert 0 == commands.run(command)
     before = {user: account(tmp_path, user) for user in FOLDER_USERS}
@@ -76,6 +79,23 @@ def test_passwords_stay_when_it_is_run_again(tmp_path: Path) -> None:
     assert 0 == commands.run(command)
     after = {user: account(tmp_path, user) for user in FOLDER_USERS}
     assert {"gateway"} == {user for user in FOLDER_USERS if before[user] != after[user]}
+
+
+@pytest.mark.anyio
+async def test_passwords_of_an_older_release_go_on_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside services with keys one with its password gets in; the command says how it gets a key."""
+    port = free_port()
+    tmp_path.joinpath("signer.json").write_text('{"users":{"signer":{"user":"signer","password":"old"}}}')
+    assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"])
+    marked = [row for row in capsys.readouterr().out.splitlines() if "(a password of" in row]
+    assert [str(tmp_path / "signer.json")] == [row.split()[1] for row in marked]
+    assert config.BusUser("signer", "old") == account(tmp_path, "signer")
+    with serving(tmp_path, port):
+        for user in FOLDER_USERS:
+            async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", account=account(tmp_path, user)) as bus:
+                await bus.ping()
 
 
 @pytest.mark.parametrize(
@@ -111,21 +131,21 @@ async def test_a_worker_that_runs_apart_makes_the_streams_itself(
     assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"])
     with serving(tmp_path, port):
         async with (
-            Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, service)) as bus,
+            Bus.connect(f"nats://127.0.0.1:{port}", name="test", account=account(tmp_path, service)) as bus,
             bus.work(stream, durable, filter_subject=f"{stream.replace('_', '.').lower()}.>", max_ack_pending=8),
-            Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, "operator")) as operator,
+            Bus.connect(f"nats://127.0.0.1:{port}", name="test", account=account(tmp_path, "operator")) as operator,
         ):
             for name in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM):
                 assert 0 == await operator.lag_bytes(name, "nobody")
 
 
 @pytest.mark.anyio
-async def test_beyond_loopback_nobody_reads_without_a_password(tmp_path: Path) -> None:
+async def test_beyond_loopback_nobody_reads_without_a_key(tmp_path: Path) -> None:
     """The embedded server lets a nameless reader in; this one does not."""
     port = free_port()
     assert 0 == commands.run(["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"])
     with serving(tmp_path, port):
-        async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", **account(tmp_path, "reader")) as reader:
+        async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", account=account(tmp_path, "reader")) as reader:
             await reader.ping()
         with pytest.raises(NotPermitted):
             async with Bus.connect(f"nats://127.0.0.1:{port}", name="test", patience_seconds=0.0):
@@ -150,9 +170,9 @@ async def test_a_bus_that_leaves_the_machine_speaks_tls(tmp_path: Path, monkeypa
     with serving(tmp_path / "bus", port):
         who = account(tmp_path / "bus", "collector")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        async with Bus.connect(f"tls://localhost:{port}", name="test", **who) as bus:
+        async with Bus.connect(f"tls://localhost:{port}", name="test", account=who) as bus:
             await bus.ping()
         monkeypatch.setenv("SSL_CERT_FILE", str(other))
         with pytest.raises((OSError, TryAgain)):
-            async with Bus.connect(f"tls://localhost:{port}", name="test", patience_seconds=0.0, **who):
+            async with Bus.connect(f"tls://localhost:{port}", name="test", patience_seconds=0.0, account=who):
                 pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
@@ -13,29 +14,29 @@ import anyio
 import pytest
 from node_kit import free_port
 
-from stella_cli import nats_server, node_file
+from stella_cli import bus_accounts, nats_server, node_file
 from stella_collector.selected import Selected
 from stella_shared import selectors, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import Filters, Signals
-from stella_shared.errors import NotFound, TryAgain, UsageError
+from stella_shared.config import BusUser, Filters, Signals
+from stella_shared.errors import NotFound, NotPermitted, TryAgain, UsageError
 from stella_shared.wire import Beat
 
 pytestmark = pytest.mark.anyio
 
 
 class Server:
-    """A running embedded server and its users' passwords."""
+    """A running embedded server and its users' accounts."""
 
     def __init__(self, state: Path) -> None:
         node_file.make_state_directory(state)
         self.url, command = nats_server.prepare(state, free_port())
-        self.passwords = nats_server.accounts(state)
+        self.accounts = bus_accounts.of_node(state)
         self.log = (state / "logs" / "nats.log").open("wb+")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
     def bus(self, user: str = "") -> object:
-        return Bus.connect(self.url, name="test", user=user, password=self.passwords.get(user, ""))
+        return Bus.connect(self.url, name="test", account=self.accounts.get(user))
 
     def said(self) -> str:
         self.log.seek(0)
@@ -232,12 +233,12 @@ async def test_a_taken_port_is_told_with_the_way_out(server: Server) -> None:
     assert nats_server.choose_port(0) > 0
 
 
-async def test_passwords_are_made_once_and_private(tmp_path: Path) -> None:
+async def test_accounts_are_made_once_and_private(tmp_path: Path) -> None:
     """A restart of a part finds the same user; nobody else can read the file."""
     node_file.make_state_directory(tmp_path / "state")
-    first = nats_server.accounts(tmp_path / "state")
-    assert first == nats_server.accounts(tmp_path / "state")
-    assert len(set(first.values())) == len(nats_server.USERS)
+    first = bus_accounts.of_node(tmp_path / "state")
+    assert first == bus_accounts.of_node(tmp_path / "state")
+    assert len({account.seed for account in first.values()}) == len(nats_server.USERS)
     assert 0o600 == (tmp_path / "state" / "bus.json").stat().st_mode & 0o777
 
 
@@ -328,3 +329,63 @@ async def test_targets_are_told_by_enrichers_and_heard_by_the_collector_alone(se
         await anyio.sleep(0.3)
         tasks.cancel_scope.cancel()
     assert [("collector", "enricher")] == heard
+
+
+def older(users: tuple[str, ...]) -> str:
+    """Return a bus.json as an older release wrote it."""
+    return json.dumps({"users": {user: {"user": user, "password": f"old-{user}"} for user in users}})
+
+
+async def test_an_older_nodes_passwords_become_keys_in_one_step(tmp_path: Path) -> None:
+    """The server knows public keys only, refuses what was, and an account of somebody else's in the file stays."""
+    state = tmp_path / "state"
+    node_file.make_state_directory(state)
+    (state / "bus.json").write_text(older((*nats_server.USERS, "reader")))
+    server = Server(state)
+    try:
+        async with server.bus("operator") as bus:  # type: ignore[attr-defined]
+            await bus.ensure_streams()
+        for old in (BusUser("operator", "old-operator"), bus_accounts.new()):
+            with pytest.raises(NotPermitted) as caught:
+                async with Bus.connect(server.url, name="test", account=old, patience_seconds=0.0):
+                    pass
+            assert not old.seed or old.seed not in str(caught.value)
+    finally:
+        server.process.terminate()
+        server.process.wait(10)
+        server.log.close()
+    after = bus_accounts.kept(state / "bus.json")
+    assert {user: bool(account.seed) for user, account in after.items()} == {
+        **dict.fromkeys(nats_server.USERS, True), "reader": False,
+    }  # fmt: skip
+    assert BusUser("reader", "old-reader") == after["reader"]
+    said = (state / "nats" / "nats.conf").read_text()
+    assert '"password"' not in said
+    assert "old-" not in said
+    assert not [account.seed for account in after.values() if account.seed and account.seed in said]
+    users = json.loads(said)["authorization"]["users"]
+    assert {"nkey", "permissions"} == {key for user in users for key in user}
+    assert 0o600 == (state / "bus.json").stat().st_mode & 0o777
+
+
+async def test_a_step_that_fails_leaves_the_older_nodes_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is half moved: until the new file is whole, the old one is there."""
+    before = older(nats_server.USERS)
+    (tmp_path / "bus.json").write_text(before)
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        bus_accounts.of_node(tmp_path)
+    assert before == (tmp_path / "bus.json").read_text()
+
+
+async def test_a_password_for_a_server_elsewhere_stays(tmp_path: Path) -> None:
+    """A service's own file is not the embedded server's: only what is missing is made."""
+    (tmp_path / "bus.json").write_text(older(("signer",)))
+    for _ in range(2):
+        accounts = bus_accounts.of_node(tmp_path)
+        assert BusUser("signer", "old-signer") == accounts["signer"]
+        assert accounts["collector"].seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -307,10 +308,19 @@ def test_the_helpers_follow_the_keys(tmp_path: Path) -> None:
     )
     assert ("n", tmp_path) == (config.node_name(given_all), config.state_directory(given_all))
     assert "nats://bus:4222" == config.bus_url(given_all)
-    assert ("", "") == config.bus_user(given_all, "signer")
+    assert config.bus_user(given_all, "signer") is None
     (tmp_path / "bus.json").write_text('{"users":{"signer":{"user":"s","password":"p"}}}')
-    assert ("s", "p") == config.bus_user(given_all, "signer")
-    assert ("", "") == config.bus_user(given_all, "nobody")
+    assert config.BusUser("s", "p") == config.bus_user(given_all, "signer")
+    assert config.bus_user(given_all, "nobody") is None
+    seed = "SU" + "A" * 56
+    (tmp_path / "bus.json").write_text(json.dumps({"users": {"signer": {"seed": seed}}}))
+    assert config.BusUser(seed=seed) == config.bus_user(given_all, "signer")
+    assert seed not in repr(config.bus_user(given_all, "signer"))
+    for wrong in ({}, {"seed": seed[1:]}, {"seed": seed, "user": "s", "password": "p"}):
+        (tmp_path / "bus.json").write_text(json.dumps({"users": {"signer": wrong}}))
+        with pytest.raises(ConfigError, match=r"bus\.json") as caught:
+            config.bus_user(given_all, "signer")
+        assert "AAAA" not in str(caught.value)
     (tmp_path / "bus.json").write_text("{")
     with pytest.raises(ConfigError, match=r"bus\.json"):
         config.bus_user(given_all, "signer")

@@ -124,7 +124,9 @@ class Node:
     def passwords(self) -> list[str]:
         """Return every secret that `init` has made."""
         accounts = [json.loads(path.read_bytes()) for path in self.volumes.glob("*/_data/*.json")]
-        found = [user["password"] for content in accounts for user in content.get("users", {}).values()]
+        found = [
+            user.get("seed") or user["password"] for content in accounts for user in content.get("users", {}).values()
+        ]
         return [*found, (self.volumes / "stella-signals_gateway-token" / "_data" / "token").read_text()]
 
 

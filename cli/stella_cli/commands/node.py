@@ -51,7 +51,7 @@ def bus_config(
 
     Beside nats.conf there is one account file for each service and for `operator` and `reader`: give each
     service its own, as bus.json in its state directory or by signals.bus.credentials_file.
-    Passwords that are there are kept, so it can be run again.
+    Accounts that are there are kept, so it can be run again.
 
     \b
     Example:

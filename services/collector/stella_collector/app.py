@@ -436,8 +436,8 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
     lib = Libbpf()
     runs = Runs(signals)
     with lifecycle.stop_event() as stop, Kernel(signals, lib) as kernel:
-        user, password = bus_user(signals, "collector")
-        async with Bus.connect(bus_url(signals), name="collector", user=user, password=password) as bus:
+        account = bus_user(signals, "collector")
+        async with Bus.connect(bus_url(signals), name="collector", account=account) as bus:
             collector = Collector(signals, bus, kernel, lib, runs)
             collector.closings = runs.closings(lib, kernel.lanes)
             runs.open(kernel)

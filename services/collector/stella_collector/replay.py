@@ -82,7 +82,7 @@ async def serve(signals: Signals, path: Path) -> None:
     recording = load(path)
     node = node_name(signals)
     log.warning("this is a demonstration: events come from the recording %s, not from this kernel", path.name)
-    user, password = bus_user(signals, "collector")
+    account = bus_user(signals, "collector")
     runs = Runs(signals)
     why = "demonstration: played from a recording"
     states = [ProbeState(p.name, p.attach_point(), True, reason=why) for p, _ in probes_of(signals)]
@@ -104,7 +104,7 @@ async def serve(signals: Signals, path: Path) -> None:
     played = 0
     taken: dict[int, int] = {}
     with lifecycle.stop_event() as stop:
-        async with Bus.connect(bus_url(signals), name="collector", user=user, password=password) as bus:
+        async with Bus.connect(bus_url(signals), name="collector", account=account) as bus:
             spool = Spool(bus, subjects.raw(node), SPOOL_BYTES)
 
             def put(frame: Frame, *, final: bool = False) -> None:

@@ -374,12 +374,10 @@ def _asking(signals: Signals) -> Asking | None:
 async def serve(signals: Signals, instance: str) -> None:
     """Run an enricher until it is told to stop."""
     instance = instance or f"{node_name(signals)}-{os.getpid()}"
-    user, password = bus_user(signals, "enricher")
+    account = bus_user(signals, "enricher")
     async with contextlib.AsyncExitStack() as stack:
         stop = stack.enter_context(lifecycle.stop_event())
-        bus = await stack.enter_async_context(
-            Bus.connect(bus_url(signals), name=instance, user=user, password=password)
-        )
+        bus = await stack.enter_async_context(Bus.connect(bus_url(signals), name=instance, account=account))
         work = await stack.enter_async_context(
             bus.work(
                 subjects.RAW_STREAM,

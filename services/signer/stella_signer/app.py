@@ -114,10 +114,10 @@ class Signer:
 
     async def _connected(self, stack: AsyncExitStack, stop: anyio.Event) -> Bus | None:
         """Return the bus, or None when told to stop before it answered."""
-        user, password = config.bus_user(self._signals, SERVICE)
+        account = config.bus_user(self._signals, SERVICE)
         url = config.bus_url(self._signals)
         for attempt in range(30):
-            connecting = Bus.connect(url, name=SERVICE, user=user, password=password, patience_seconds=RETRY_SECONDS)
+            connecting = Bus.connect(url, name=SERVICE, account=account, patience_seconds=RETRY_SECONDS)
             try:
                 return await stack.enter_async_context(connecting)
             except TryAgain:
