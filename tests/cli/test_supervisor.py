@@ -39,6 +39,18 @@ def test_a_node_starts_in_order_and_stops_with_everything_in_flight_recorded(nod
     assert node_file.read(node.state) is None
 
 
+def test_a_node_of_an_older_release_goes_on_with_keys(node: Node) -> None:
+    """Its bus.json of passwords becomes one of seeds, and every part gets in and works."""
+    users = ("collector", "enricher", "signer", "gateway", "operator")
+    node_file.make_state_directory(node.state)
+    old = {user: {"user": user, "password": f"old-{user}"} for user in users}
+    (node.state / "bus.json").write_text(json.dumps({"users": old}))
+    node.start()
+    eventually(lambda: len(node.signed()) > 20)
+    accounts = json.loads((node.state / "bus.json").read_text())["users"]
+    assert {user: ["seed"] for user in users} == {user: list(account) for user, account in accounts.items()}
+
+
 def test_each_part_is_started_again_after_kill_9_while_the_others_go_on(node: Node) -> None:
     """A killed part comes back with another pid; nobody else is touched; the work goes on."""
     node.start()
