@@ -212,6 +212,32 @@ def test_absence_holds_where_everything_was_watched_and_nothing_lost(tmp_path: P
     assert f"Files: none seen\n  {words}" in said
 
 
+@pytest.mark.parametrize(
+    ("told", "release", "doubted"),
+    [
+        ([], "6.18.0", set()),
+        (["ring"], "6.18.0", set()),
+        (["open", "ring"], "6.18.0", {"files"}),
+        (["accept", "connect"], "6.18.0", {"connections"}),
+        (["ring"], "6.1.0-13-amd64", {"files", "connections"}),
+        (["unknown"], "6.18.0", {"files", "connections"}),
+        ("nonsense", "6.18.0", set()),
+    ],
+)
+def test_what_went_through_io_uring_limits_what_silence_means(
+    tmp_path: Path, told: object, release: str, doubted: set[str]
+) -> None:
+    """Opens and connects through a ring leave no line: files and connections say so, where the coverage does."""
+    told_by = Told()
+    made = site(
+        tmp_path,
+        told_by.say((SYSCALL, opened("/etc/a"), THEIRS), coverage=coverage(io_uring=told, kernel_release=release)),
+        told_by.say(final=True),
+    )
+    answer = asked(made, IMAGE)
+    assert doubted == {name for name in ("files", "programs", "connections") if "io_uring" in doubts(answer, name)}
+
+
 def test_losses_are_named_where_they_touch_and_nowhere_else(tmp_path: Path) -> None:
     """Three opens were lost in one chunk: files and connections doubt it, programs do not; whole and in time."""
     told = Told()

@@ -7,6 +7,7 @@ asked to be watched: what lies outside is not in the evidence by choice, and tha
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -50,6 +51,12 @@ SENSES: Final[dict[str, Sense]] = {
         "calls of OpenSSL where the collector found it; not Go's, rustls, GnuTLS or NSS, "
         "nor a library before it was found",
     ),
+}
+
+#: What the coverage's `io_uring` may name that this kind does not see.
+PAST_THE_PROBES: Final[dict[str, tuple[str, ...]]] = {
+    "files": ("open", "unknown"),
+    "connections": ("connect", "accept", "unknown"),
 }
 
 Verdict = Literal["holds", "limited", "void"]
@@ -164,6 +171,7 @@ def believe(kind: str, report: ChainReport, chunks: Sequence[Chunk], clock: Cloc
     void = [*_not_there(report, chunks), *_never_watched(kind, chunks)]
     doubts = [
         *_partly_watched(kind, chunks),
+        *_past_the_probes(kind, chunks),
         *_lost(kind, chunks),
         *_unclean(chunks),
         *_pauses(chunks, clock),
@@ -257,6 +265,36 @@ def _partly_watched(kind: str, chunks: Sequence[Chunk]) -> list[Doubt]:
         text = "was watched process by process: what a process did before it was found (some 250 ms) is not here"
         found.append(Doubt("by_process", f"{spans(by_process)}: it {text}", by_process))
     return found
+
+
+def _past_the_probes(kind: str, chunks: Sequence[Chunk]) -> list[Doubt]:
+    """Return what watched programs did through io_uring, which leaves no line of this kind (the coverage says it)."""
+    asked: dict[str, list[int]] = {}
+    for chunk in _busy(chunks):
+        for held in chunk.ledger.coverage:
+            document = held.document if isinstance(held.document, dict) else {}
+            told = document.get("io_uring")
+            told = list(told) if isinstance(told, list) else []
+            if "ring" in told and _tells_rings_only(str(document.get("kernel_release"))):
+                told.append("unknown")
+            for what in told:
+                if what in PAST_THE_PROBES.get(kind, ()) and chunk.index not in asked.setdefault(str(what), []):
+                    asked[str(what)].append(chunk.index)
+    known = {what: where for what, where in asked.items() if what != "unknown"}
+    found = [
+        Doubt("io_uring", f"{spans(where)}: watched programs used io_uring to {what}, which leaves no line here", where)
+        for what, where in sorted(known.items())
+    ]
+    if "unknown" in asked:
+        where = asked["unknown"]
+        found.append(Doubt("io_uring", f"{spans(where)}: what io_uring was used for is not known", where))
+    return found
+
+
+def _tells_rings_only(release: str) -> bool:
+    """Return whether a kernel tells that rings are made, and not what is asked for through them (before 6.4)."""
+    parts = re.match(r"(\d+)\.(\d+)", release)
+    return parts is not None and (int(parts[1]), int(parts[2])) < (6, 4)
 
 
 def _lost(kind: str, chunks: Sequence[Chunk]) -> list[Doubt]:
