@@ -16,7 +16,7 @@ from tests.gateway.test_gateway_process import TOKEN, Running, free_port
 
 from stella_gateway.server import HEAD_SECONDS
 
-PATHS = ("/", "/health", "/health/live", "/health/ready", "/status", "/metrics")
+PATHS = ("/", "/health", "/health/live", "/health/ready", "/status", "/metrics", "/openapi.json")
 KNOWN = {200, 400, 401, 404, 405, 421, 431, 503}
 LINE = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
@@ -73,7 +73,7 @@ def request(path: str, *headers: str, method: str = "GET", keep: bool = False) -
         (request("/status/..;/"), {404}),
         (request("/%00"), {404}),
         (request("/%ff%fe"), {404}),
-        (request("/openapi.json"), {404}),
+        (request("/health/"), {404}),
         (request("/docs"), {404}),
         (request("/status", method="POST"), {405}),
         (request("/status", method="DELETE"), {405}),

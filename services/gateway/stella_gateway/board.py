@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -28,6 +28,7 @@ MAX_METRICS: Final = 1024
 
 #: From good to bad; a component is as bad as its worst instance.
 _SEVERITY: Final = ("ok", "degraded", "starting", "stopping", "failed")
+Severity = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(_SEVERITY)})]
 #: States in which evidence is being recorded.
 _WORKING: Final = frozenset({"ok", "degraded"})
 
@@ -35,14 +36,14 @@ _WORKING: Final = frozenset({"ok", "degraded"})
 class State(msgspec.Struct, frozen=True):
     """How a component or an instance is, and why."""
 
-    state: str
+    state: Severity
     reason: str = ""
 
 
 class Component(msgspec.Struct, frozen=True):
     """One part of the node that must be there."""
 
-    state: str
+    state: Severity
     reason: str
     instances: dict[str, State]
 
@@ -50,7 +51,7 @@ class Component(msgspec.Struct, frozen=True):
 class Health(msgspec.Struct, frozen=True):
     """The answer to /health: `status` is that of the worst component."""
 
-    status: str
+    status: Severity
     node: str
     components: dict[str, Component]
 
@@ -256,7 +257,7 @@ class Board:
             },
             "probes": self._probes(now),
             "identity": self._identity(now),
-            "chain": {key: value for key in _CHAIN if (value := self._detail("signer", key, now)) is not None},
+            "chain": {k: v for k, kind in _CHAIN.items() if type(v := self._detail("signer", k, now)) is kind},
             "services": [self._service(i, now) for i in self.all()],
         }
 
@@ -320,7 +321,10 @@ class Board:
             if metric.name == metrics.PROBE_ATTACHED:
                 name = labels["probe"]
                 entry = by_name.get(name, {})
-                more = {key: entry.get(key, default) for key, default in _PROBE_DETAIL.items()}
+                more = {
+                    key: told if type(told := entry.get(key)) is type(default) else default
+                    for key, default in _PROBE_DETAIL.items()
+                }
                 probes.append({"probe": name, "attached": value > 0, **more})
         return probes
 
@@ -345,7 +349,14 @@ _LATENCIES: Final = {
     "kernel_to_line": metrics.KERNEL_TO_LINE_LATENCY_SECONDS,
     "durable": metrics.DURABLE_LATENCY_SECONDS,
 }
-#: What a signer says of its chain.
-_CHAIN: Final = ("chain_id", "index", "last_statement_sha256", "open_lines", "open_bytes", "key_hint")
+#: What a signer says of its chain; of another type it is not shown.
+_CHAIN: Final = {
+    "chain_id": str,
+    "index": int,
+    "last_statement_sha256": str,
+    "open_lines": int,
+    "open_bytes": int,
+    "key_hint": str,
+}
 #: What a collector may say of a probe beside its name, and what holds when it does not.
 _PROBE_DETAIL: Final[dict[str, object]] = {"wanted": True, "attach_point": "", "scope": "node", "reason": "", "fix": ""}
