@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from stella_enricher.runtimes.finding import USUAL
 from stella_shared import config
 
 ROOT = Path(__file__).parents[2]
@@ -148,3 +149,24 @@ def test_the_pod_may_ask_the_cluster_nothing() -> None:
     assert "hostNetwork" not in pod()
     assert pod()["hostPID"] is True
     assert {"host"} == {compose()[name].get("pid") for name in ("collector", "enricher")}
+
+
+def test_the_component_gives_the_enricher_the_runtimes_folders() -> None:
+    """Where the enricher looks by itself; read-only; and the DaemonSet with it is one that Kubernetes takes."""
+    folder = FOLDER / "runtime-sockets"
+    component = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert ("Component", [{"path": "enricher.yaml"}]) == (component["kind"], component["patches"])
+    patch = yaml.safe_load((folder / "enricher.yaml").read_text())
+    whole = daemonset()
+    assert (whole["kind"], whole["metadata"]["name"]) == (patch["kind"], patch["metadata"]["name"])
+    added = patch["spec"]["template"]["spec"]
+    (container,) = added["initContainers"]
+    mounts = {m["mountPath"]: m["readOnly"] for m in container["volumeMounts"]}
+    assert {"/run/containerd": True, "/run/crio": True} == mounts
+    asked = [Path(socket) for places in USUAL.values() for socket in places]
+    assert all(any(socket.is_relative_to(mount) for socket in asked) for mount in mounts)
+    spec = whole["spec"]["template"]["spec"]
+    spec["volumes"] += added["volumes"]
+    (enricher,) = [c for c in spec["initContainers"] if c["name"] == container["name"]]
+    enricher["volumeMounts"] += container["volumeMounts"]
+    kubernetes_validate.validate(whole, VERSIONS[0], strict=True)
