@@ -110,7 +110,7 @@ def names(data: bytes) -> Names:
     """Return what a batch needs names for, nothing for what is no batch."""
     if len(data) < BATCH_COUNTS.size:
         return Names(set(), {})
-    whos = data[BATCH_COUNTS.size :][: BATCH_COUNTS.unpack_from(data)[0] * WHO.size]
+    whos = data[BATCH_COUNTS.size : BATCH_COUNTS.size + BATCH_COUNTS.unpack_from(data)[0] * WHO.size]
     rows = list(WHO.iter_unpack(whos[: len(whos) // WHO.size * WHO.size]))
     return Names({row[0] for row in rows}, {row[2]: (row[3], row[1]) for row in rows})
 

@@ -35,7 +35,7 @@ from stella_shared.events import FileOpen, FunctionCall, ProcessExec, TcpState, 
 from stella_shared.kernel_records import CALL_SOURCES, TYPE_NAMES, decode_event, text
 from stella_shared.patterns import PathFilter
 from stella_shared.raw_batches import BATCH_COUNTS, WHAT, WHO, unpack_batch
-from stella_shared.wire import FORGOTTEN_PROGRAM, LANE_KINDS, PROGRAM_NONE, LaneRow, Ledger, RawBatch
+from stella_shared.wire import FORGOTTEN_PROGRAM, LANE_KINDS, PROGRAM_NONE, LaneRow, Ledger, Program, RawBatch
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ NATIVE: Final = Path(__file__).parent / "native" / "lines.so"
 #: Distinct events that are kept; beyond it the table starts anew.
 FRAGMENTS_MAX: Final = 65_536
 PLACES_LOG2: Final = 14
+PLACES_MAX: Final = 8192
 LANES_MAX: Final = 8192 * LANE_KINDS
 _json = msgspec.json.Encoder(order="sorted").encode
 #: What `stella_lines_run` answers, and the C side's own limits.
@@ -91,6 +92,8 @@ class Lines(ABC):
         self.redactor = redactor or Redactor()
         self._frames = frames
         self._rendered: tuple[str, str, list[str], int] = ("", "", [], 0)
+        #: The places of former batches, with what they were rendered from.
+        self._places: dict[tuple[str, int, int], tuple[Container, Program | None, _Place]] = {}
 
     def build(self, batch: RawBatch, container_of: Callable[[int], Container]) -> Enriched:
         """Return the batch's lines.  Raises `BrokenPromise` when its bytes cannot be records."""
@@ -135,6 +138,19 @@ class Lines(ABC):
             anonymous=isinstance(event, Throttle) or (isinstance(event, TcpState) and event.attribution == "none"),
         )
 
+    def _place(self, batch: RawBatch, cgroup: int, program: int, container: Container) -> _Place:
+        """Return the texts of a place, rendered anew where anything that they say has changed."""
+        key = (batch.boot_id, cgroup, program)
+        said = batch.programs.get(program)
+        kept = self._places.get(key)
+        if kept is not None and (kept[0] is container or kept[0] == container) and kept[1] == said:
+            return kept[2]
+        if len(self._places) >= PLACES_MAX:
+            self._places.clear()
+        place = _rendered_place(batch, cgroup, program, container)
+        self._places[key] = (container, said, place)
+        return place
+
     def _redacted(self, event: ProcessExec) -> ProcessExec:
         cut = event.argv_truncated or event.argv_reason is not None
         script = event.interpreter is not None
@@ -144,7 +160,7 @@ class Lines(ABC):
         return msgspec.structs.replace(event, argv=redacted.argv, argv_redacted=redacted.changed, argv_bytes=None)
 
 
-def _place(batch: RawBatch, cgroup: int, program: int, container: Container) -> _Place:
+def _rendered_place(batch: RawBatch, cgroup: int, program: int, container: Container) -> _Place:
     between = ""
     after = _program(batch, program)
     if container.container_id:
@@ -233,7 +249,7 @@ class PythonLines(Lines):
             if lane >= LANES_MAX:
                 raise BrokenPromise(f"a batch of lane {lane}")
             if (cgroup, program) not in places:
-                places[cgroup, program] = _place(batch, cgroup, program, container_of(cgroup))
+                places[cgroup, program] = self._place(batch, cgroup, program, container_of(cgroup))
         node = f'"node":{_text(batch.node)},'
         run = f'"run":{_text(batch.run)},'
         for ts, seq, who, what in taken_apart.events:
@@ -319,7 +335,7 @@ class CLines(Lines):
                 )  # fmt: skip
             elif answer == _NEED_PLACE:
                 cgroup, _, program, *_ = WHO.unpack_from(data, BATCH_COUNTS.size + at * WHO.size)
-                place = _place(batch, cgroup, program, container_of(cgroup))
+                place = self._place(batch, cgroup, program, container_of(cgroup))
                 texts = [text.encode() for text in (place.before, place.between, place.after, place.late)]
                 answer = lib.stella_lines_add_place(
                     table, cgroup, program, (c_char_p * 4)(*texts), (c_uint32 * 4)(*map(len, texts))
