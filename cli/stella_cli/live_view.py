@@ -31,6 +31,8 @@ from stella_shared.errors import StellaError
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _PLAIN_COLUMNS: Final = 100
 _HISTORY: Final = 60
+#: Of the containers that the gateway tells of.
+CONTAINERS_SHOWN: Final = 8
 _COLOURS: Final = {"ok": "green", "degraded": "yellow", "starting": "yellow", "stopping": "yellow"}
 
 
@@ -118,7 +120,10 @@ def frame(body: Mapping[str, Any], away: str, width: int) -> RenderableType:
         grid.add_column(ratio=1)
     for start in range(0, len(panels), beside):
         grid.add_row(*panels[start : start + beside])
-    parts += [grid, _services(body)]
+    parts.append(grid)
+    if containers := _containers(body):
+        parts.append(containers)
+    parts.append(_services(body))
     if probes := _probes(body):
         parts.append(probes)
     return Group(*parts)
@@ -186,6 +191,23 @@ def _losses(body: Mapping[str, Any]) -> Panel:
     filtered = {cause: n for cause, n in (totals.get("filtered_by_cause") or {}).items() if n}
     rows += [(f"filtered {cause}", number(n)) for cause, n in filtered.items()]
     return _panel("drops", rows)
+
+
+def _containers(body: Mapping[str, Any]) -> Table | None:
+    """Return the containers with the most lines; None where the enrichers tell of none."""
+    rows = list((body.get("rates") or {}).get("by_container_per_second") or [])[:CONTAINERS_SHOWN]
+    if not rows:
+        return None
+    sheet = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+    sheet.add_column("container", no_wrap=True)
+    sheet.add_column("image", no_wrap=True, ratio=1)
+    sheet.add_column("lines/s", justify="right", no_wrap=True)
+    for row in rows:
+        runtime, mark, number_ = str(row.get("container")).partition("://")
+        name = f"{runtime}://{number_[:12]}" if mark else runtime
+        image = console.printable(str(row.get("image") or "–"))
+        sheet.add_row(console.printable(name), image, number(row.get("lines_per_second")))
+    return sheet
 
 
 def _services(body: Mapping[str, Any]) -> Table:

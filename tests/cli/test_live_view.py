@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -33,6 +34,10 @@ BODY: dict[str, Any] = {
     "rates": {
         "events_per_second": 1234.5,
         "by_type_per_second": {"file_open": 1200.0, "process_exec": 34.5},
+        "by_container_per_second": [
+            {"container": "docker://" + "ab" * 32, "image": "shop/till:3\x1b[2J", "lines_per_second": 1200.0},
+            {"container": "host", "image": "", "lines_per_second": 34.5},
+        ],
         "history_events_per_second": [0.0, 10.0, 20.0, 1234.5],
         "history_lost_per_second": [0.0, 3.0],
     },
@@ -97,11 +102,22 @@ def command(folder: Path, gateway: Gateway, *words: str) -> list[str]:
     return [sys.executable, "-m", "stella_cli", "signals", "top", "--config", str(config), *words]
 
 
-def drawn(width: int, away: str = "") -> str:
+def drawn(width: int, away: str = "", body: dict[str, Any] = BODY) -> str:
     out = Console(width=width, highlight=False, color_system=None)
     with out.capture() as captured:
-        out.print(live_view.frame(BODY, away, width))
+        out.print(live_view.frame(body, away, width))
     return captured.get()
+
+
+def test_a_frame_has_the_loudest_containers() -> None:
+    """By name, with the image where it is known; nothing of it can steer the terminal; without any, no table."""
+    text = drawn(100)
+    assert re.search(r"docker://abababababab +shop/till:3.*1,200", text), text
+    assert re.search(r"host +– +34\.5", text), text
+    assert "\x1b[2J" not in text
+    quiet = {**BODY, "rates": {**BODY["rates"], "by_container_per_second": []}}
+    assert "lines/s" in text
+    assert "lines/s" not in drawn(100, body=quiet)
 
 
 def test_a_frame_has_rates_ring_drops_queues_chain_and_log() -> None:

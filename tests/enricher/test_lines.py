@@ -179,6 +179,7 @@ def test_fast_lines_are_the_slow_lines(make: type[Lines], rows: list[tuple], nod
     assert [part.type for part in first.parts] == sorted(expected, key=lambda name: events.EVENT_TYPES.index(name))
     assert all(part.lines == len(expected[part.type]) for part in first.parts)
     assert raw.ledger == first.ledger
+    assert first.by_cgroup == Counter(json.loads(line)["cgroup_id"] for rows in expected.values() for line in rows)
 
 
 def small(value: object) -> object:
@@ -291,6 +292,7 @@ def test_filtered_opens_are_counted_and_leave_no_line(
     enriched = lines.build(raw, container_of)
     expected = slow(raw, paths, container_of)
     assert expected == of(enriched)
+    assert enriched.by_cgroup == Counter(json.loads(line)["cgroup_id"] for rows in expected.values() for line in rows)
     assert [] == ledger_faults(enriched.ledger)
     assert enriched.ledger.filtered.get("user_path", 0) == len(rows) * 2 - sum(map(len, expected.values()))
     assert [(r.lane, r.first, r.next) for r in raw.ledger.lanes] == [

@@ -220,6 +220,27 @@ def test_losses_are_dated_once() -> None:
     assert 7 == len(status["queues"]["history_ringbuf_usage_percent"])
 
 
+def test_the_loudest_containers_are_summed_over_the_enrichers() -> None:
+    """Most lines first, twenty at the most; what makes no sense in a heartbeat is passed over."""
+    board = healthy()
+    name = "docker://" + "ab" * 32
+    rows: list[object] = [{"container": name, "image": "web:1", "lines_per_second": 2.5}, {"container": 7}, "nonsense"]
+    flood = [{"container": f"host-{n:02}", "image": "", "lines_per_second": 1} for n in range(40)]
+    board.hear(beat("enricher", "n-1", detail={"containers": rows}), 1.0)
+    board.hear(
+        beat(
+            "enricher", "n-2", detail={"containers": [{"container": name, "image": "", "lines_per_second": 4}, *flood]}
+        ),
+        1.0,
+    )
+    board.hear(beat("collector", detail={"containers": rows}), 1.0)
+    told = board.status(1.0)["rates"]["by_container_per_second"]
+    assert {"container": name, "image": "web:1", "lines_per_second": 6.5} == told[0]
+    assert 20 == len(told)
+    board.hear(beat("enricher", "n-1", detail={"containers": "none"}), 2.0)
+    assert 4.0 == board.status(2.0)["rates"]["by_container_per_second"][0]["lines_per_second"]
+
+
 def test_rates_by_type_are_means_over_some_seconds() -> None:
     """Lines a second of each type; an enricher that starts anew makes none negative, and silence ends them."""
     board = healthy()

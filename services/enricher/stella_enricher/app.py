@@ -24,6 +24,7 @@ import msgspec
 from stella_enricher.containers import Container, ContainerResolver, elsewhere, memory_bytes
 from stella_enricher.frames import FrameNamer
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
+from stella_enricher.loudest import Loudest
 from stella_enricher.redaction import Redactor
 from stella_enricher.runtimes.asking import Asking
 from stella_enricher.runtimes.finding import SocketFinder
@@ -83,6 +84,7 @@ class Enricher:
         self.poisoned = 0
         self.events: dict[str, int] = {}
         self.user_filtered = 0
+        self.loudest = Loudest(time.monotonic())
         self.kernel_to_line = Histogram.with_bounds(*_LATENCY_BOUNDS)
         self.work_seconds = Histogram.with_bounds(*_LATENCY_BOUNDS)
         self.in_flight = 0
@@ -125,6 +127,7 @@ class Enricher:
         self.user_filtered += enriched.ledger.filtered.get("user_path", 0)
         for part in enriched.parts:
             self.events[part.type] = self.events.get(part.type, 0) + part.lines
+        self.loudest.add(enriched.by_cgroup, lambda cgroup: self._container(batch, cgroup))
         self.work_seconds.observe(seconds)
         if batch.boot_id == self.boot_id and batch.records:
             now = clock.boottime_ns()
@@ -316,6 +319,7 @@ class Enricher:
                 "poisoned": self.poisoned,
                 "in_flight": self.in_flight,
                 "runtimes": self.asking.status() if self.asking is not None else [],
+                "containers": self.loudest.tell(time.monotonic()),
                 "symbols": self.frames.stats(),
                 "caches": self.caches(),
                 "redaction": {"rules": self.redactor.version, "arguments": dict(self.redactor.counts)},

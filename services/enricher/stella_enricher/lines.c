@@ -77,6 +77,7 @@ struct lines {
 	const struct place **whos;
 	uint32_t *what_at;
 	uint32_t whats_known, whos_known;
+	uint32_t *who_lines; /* lines of each who */
 };
 
 static int copy(struct text *t, const char *from, uint32_t length)
@@ -112,7 +113,9 @@ struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint3
 	l->whats = calloc(MAX_TABLE, sizeof(*l->whats));
 	l->whos = calloc(MAX_TABLE, sizeof(*l->whos));
 	l->what_at = calloc(MAX_TABLE, sizeof(*l->what_at));
-	if (!l->events || !l->places || !l->counted || !l->filtered || !l->whats || !l->whos || !l->what_at)
+	l->who_lines = calloc(MAX_TABLE, sizeof(*l->who_lines));
+	if (!l->events || !l->places || !l->counted || !l->filtered || !l->whats || !l->whos || !l->what_at ||
+	    !l->who_lines)
 		return NULL; /* the process is at its end anyway */
 	return l;
 }
@@ -163,6 +166,7 @@ void stella_lines_free(struct lines *l)
 	free(l->whats);
 	free(l->whos);
 	free(l->what_at);
+	free(l->who_lines);
 	free(l);
 }
 
@@ -342,6 +346,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 		l->whos[i] = p;
 		l->whos_known = i + 1;
 	}
+	memset(l->who_lines, 0, counts[0] * sizeof(*l->who_lines));
 	for (uint64_t i = 0; i < events; i++) {
 		const struct number *n = &numbers[i];
 		if (n->who >= counts[0] || n->what >= counts[1])
@@ -355,6 +360,7 @@ int stella_lines_run(struct lines *l, const uint8_t *data, uint64_t length, uint
 			l->filtered[who->lane]++;
 			continue;
 		}
+		l->who_lines[n->who]++;
 		struct out *out = &l->out[e->type];
 		if (reserve(out, (uint64_t)place->before.length + place->between.length + place->after.length +
 					 place->late.length + e->comm.length + e->event.length + e->source.length + l->node.length +
@@ -400,4 +406,9 @@ const char *stella_lines_output(const struct lines *l, uint32_t type, uint64_t *
 const uint64_t *stella_lines_counts(const struct lines *l, int filtered)
 {
 	return filtered ? l->filtered : l->counted;
+}
+
+const uint32_t *stella_lines_of_whos(const struct lines *l)
+{
+	return l->who_lines;
 }

@@ -59,10 +59,14 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Enriched(msgspec.Struct, frozen=True):
-    """A batch, enriched: its parts in the order of their types, and its ledger with our own filters in it."""
+    """A batch, enriched: its parts in the order of their types, and its ledger with our own filters in it.
+
+    `by_cgroup` says how many of the lines each cgroup has.
+    """
 
     parts: list[Part]
     ledger: Ledger
+    by_cgroup: dict[int, int] = {}
 
 
 class _Fragment(msgspec.Struct, frozen=True, gc=False):
@@ -103,14 +107,14 @@ class Lines(ABC):
             # more symbols are known than before, kept parts say too little.
             self._rendered = key
             self._forget()
-        parts, counted, filtered = self._put_together(batch, container_of)
-        return Enriched(parts, _ledger(batch.ledger, counted, filtered))
+        parts, counted, filtered, by_cgroup = self._put_together(batch, container_of)
+        return Enriched(parts, _ledger(batch.ledger, counted, filtered), by_cgroup)
 
     @abstractmethod
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
-    ) -> tuple[list[Part], dict[int, int], dict[int, int]]:
-        """Return the parts, and how many records were counted and filtered in each lane."""
+    ) -> tuple[list[Part], dict[int, int], dict[int, int], dict[int, int]]:
+        """Return the parts, how many records were counted and filtered in each lane, and the lines of each cgroup."""
 
     @abstractmethod
     def _forget(self) -> None:
@@ -238,10 +242,11 @@ class PythonLines(Lines):
 
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
-    ) -> tuple[list[Part], dict[int, int], dict[int, int]]:
+    ) -> tuple[list[Part], dict[int, int], dict[int, int], dict[int, int]]:
         out: dict[int, list[str]] = {}
         counted: dict[int, int] = {}
         filtered: dict[int, int] = {}
+        by_cgroup: dict[int, int] = {}
         taken_apart = unpack_batch(batch.records)
         whats = [self._known(batch, what) for what in taken_apart.whats]
         places: dict[tuple[int, int], _Place] = {}
@@ -259,6 +264,7 @@ class PythonLines(Lines):
             if not fragment.type:
                 filtered[lane] = filtered.get(lane, 0) + 1
                 continue
+            by_cgroup[cgroup] = by_cgroup.get(cgroup, 0) + 1
             place = places[cgroup, program]
             comm, pid, thread, user = fragment.comm, f'"pid":{tgid},', f'"tid":{tid},', f',"uid":{uid}'
             if start_ns:
@@ -270,7 +276,7 @@ class PythonLines(Lines):
                 f'"seq":{seq},{fragment.source}{thread}"ts_ns":{ts}{user}}}\n'
             )
         parts = [Part(TYPE_NAMES[kind], len(out[kind]), "".join(out[kind]).encode()) for kind in sorted(out)]
-        return parts, counted, filtered
+        return parts, counted, filtered, by_cgroup
 
 
 class CLines(Lines):
@@ -297,6 +303,8 @@ class CLines(Lines):
         )  # fmt: skip
         lib.stella_lines_output.restype = c_void_p
         lib.stella_lines_output.argtypes = (c_void_p, c_uint32, POINTER(c_uint64), POINTER(c_uint64))
+        lib.stella_lines_of_whos.restype = POINTER(c_uint32)
+        lib.stella_lines_of_whos.argtypes = (c_void_p,)
         lib.stella_lines_counts.restype = POINTER(c_uint64)
         lib.stella_lines_counts.argtypes = (c_void_p, c_int)
         self._lib = lib
@@ -316,7 +324,7 @@ class CLines(Lines):
 
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
-    ) -> tuple[list[Part], dict[int, int], dict[int, int]]:
+    ) -> tuple[list[Part], dict[int, int], dict[int, int], dict[int, int]]:
         lib, table, data = self._lib, self._table, batch.records
         node = f'"node":{_text(batch.node)},'.encode()
         run = f'"run":{_text(batch.run)},'.encode()
@@ -356,7 +364,13 @@ class CLines(Lines):
         dropped = {lane: filtered[lane] for lane in lanes if filtered[lane]}
         if sum(found.values()) != counted[self._lanes]:
             raise BrokenPromise("the batch holds records of lanes that its ledger does not name")
-        return parts, found, dropped
+        by_cgroup: dict[int, int] = {}
+        of_whos = lib.stella_lines_of_whos(table)
+        for index in range(BATCH_COUNTS.unpack_from(data)[0] if data else 0):
+            if of_whos[index]:
+                cgroup = WHO.unpack_from(data, BATCH_COUNTS.size + index * WHO.size)[0]
+                by_cgroup[cgroup] = by_cgroup.get(cgroup, 0) + of_whos[index]
+        return parts, found, dropped, by_cgroup
 
 
 def open_lines(paths: PathFilter, redactor: Redactor, frames: FrameNamer) -> Lines:

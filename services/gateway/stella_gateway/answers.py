@@ -45,11 +45,20 @@ class Gateway(msgspec.Struct):
     started_at: float
 
 
+class ContainerRate(msgspec.Struct):
+    """A container (`host` for none, `others` for all beyond some thousands), its image's name, and its lines."""
+
+    container: str
+    image: str
+    lines_per_second: float
+
+
 class Rates(msgspec.Struct):
     """Events and losses a second.  Histories have one figure a second, the newest last, up to two minutes."""
 
     events_per_second: float | None
     by_type_per_second: dict[str, float]
+    by_container_per_second: list[ContainerRate]
     history_events_per_second: list[float]
     history_lost_per_second: list[float]
 

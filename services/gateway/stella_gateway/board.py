@@ -25,6 +25,8 @@ TYPE_RATE_SECONDS: Final = 5
 #: A node has a handful; more than this is a mistake, and must not fill our memory.
 MAX_INSTANCES: Final = 256
 MAX_METRICS: Final = 1024
+#: Containers whose rates are shown.
+LOUDEST_MAX: Final = 20
 
 #: From good to bad; a component is as bad as its worst instance.
 _SEVERITY: Final = ("ok", "degraded", "starting", "stopping", "failed")
@@ -230,6 +232,7 @@ class Board:
             "rates": {
                 "events_per_second": self._sum(metrics.EVENTS_RATE, now),
                 "by_type_per_second": self._type_rates(),
+                "by_container_per_second": self._loudest(now),
                 "history_events_per_second": [round(rate, 1) for rate in self._rates],
                 "history_lost_per_second": [round(lost, 1) for lost in self._losses],
             },
@@ -298,6 +301,20 @@ class Board:
         """Return what a service says under `key` in its beats' detail; None when it is silent about it."""
         found = [i.beat.detail[key] for i in self.live(now) if i.beat.service == service and key in i.beat.detail]
         return found[0] if found else None
+
+    def _loudest(self, now: float) -> list[dict[str, object]]:
+        """Return the containers with the most lines, as the enrichers have told them in their last beats."""
+        rates: dict[str, float] = {}
+        images: dict[str, str] = {}
+        for instance in self.live(now):
+            told = instance.beat.detail.get("containers") if instance.beat.service == "enricher" else None
+            for row in told[:LOUDEST_MAX] if isinstance(told, list) else ():
+                match row:
+                    case {"container": str(name), "image": str(image), "lines_per_second": float() | int() as rate}:
+                        rates[name] = rates.get(name, 0.0) + float(rate)
+                        images[name] = images.get(name) or image
+        ranked = sorted(rates.items(), key=lambda item: (-item[1], item[0]))[:LOUDEST_MAX]
+        return [{"container": name, "image": images[name], "lines_per_second": round(r, 1)} for name, r in ranked]
 
     def _identity(self, now: float) -> dict[str, float] | None:
         """Return recorded, filtered and lost since the services' starts; None while one of them is unknown.
