@@ -421,6 +421,30 @@ async def test_what_hangs_holds_no_batch_up(monkeypatch: pytest.MonkeyPatch) -> 
     hangs.set()
 
 
+async def test_a_program_that_is_gone_is_not_asked_about_with_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a second at the most; the first batch waits for the answer, later ones do not; one that comes is taken."""
+    asked: list[int] = []
+    answers = iter([("", "program_gone"), ("ab" * 20, "")])
+
+    def read(question: Question) -> tuple[str, str]:
+        asked.append(question.key)
+        return next(answers)
+
+    monkeypatch.setattr(naming, "read_build_id", read)
+    monkeypatch.setattr(naming, "AGAIN_SECONDS", 0.2)
+    namer = Namer(lambda _: None, lambda _: kernel_program("/bin/cat"), settle_seconds=5)
+    names = names_of(99, 1, 1)
+    for _ in range(20):
+        await namer.settle(names)
+        assert "program_gone" == namer.names(names)[1][99].reason
+    assert [99] == asked
+    with anyio.fail_after(5):
+        while namer.names(names)[1][99].reason:
+            await anyio.sleep(0.02)
+            await namer.settle(names)
+    assert ([99, 99], "ab" * 20) == (asked, namer.names(names)[1][99].build_id)
+
+
 async def test_numbers_without_a_name_say_why() -> None:
     """Threads of the kernel, and what the kernel's map has forgotten, have reasons; nobody named is not asked about."""
     namer = Namer(lambda _: None, lambda _: None)

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 BATCH_BYTES: Final = 512 << 10
 FASTEST_SECONDS: Final = 0.0005
 STEADY_SECONDS: Final = 0.010
-IDLE_SECONDS: Final = 0.050
+IDLE_SECONDS: Final = 0.020
 #: The least pause where a new program asks for a drain.
 HASTE_SECONDS: Final = 0.005
 #: A drain comes before this share of the ring is full at the rate of the last one.
@@ -99,6 +99,8 @@ class Collector:
         self._targets: list[targets.Target] = []
         self.selected = Selected(signals)
         self._wake = anyio.Event()
+        #: From here on nothing but `finish` may have a program take a number: the last drain settles them all.
+        self._finishing = False
         self._held: Ledger | None = None
         self._missed = 0
         self._missed_at = 0.0
@@ -242,6 +244,7 @@ class Collector:
 
     async def finish(self) -> None:
         """Stop intake, settle every number, publish the final batch, wait for its ack."""
+        self._finishing = True
         await anyio.to_thread.run_sync(self.kernel.detach)
         await anyio.sleep(DETACHED_SECONDS)
         final = False

@@ -18,6 +18,7 @@ import os
 import queue
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -34,6 +35,8 @@ from stella_shared.wire import FORGOTTEN_PROGRAM, PROGRAM_KERNEL, PROGRAM_NONE, 
 REMEMBERED_MAX: Final = 16_384
 SETTLE_SECONDS: Final = 0.01
 WAITING_MAX: Final = 1024
+#: A program whose file could not be reached is asked about again after this, and no batch waits for it then.
+AGAIN_SECONDS: Final = 1.0
 #: Threads that read build-ids: one more than may hang at a time on a dead file system.
 READERS: Final = 2
 _CUT, _UNLINKED, _DETACHED = 1, 2, 4
@@ -83,6 +86,7 @@ class Namer:
         self._answers: queue.SimpleQueue[tuple[int, Program]] = queue.SimpleQueue()
         self._questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
         self._asked: set[int] = set()
+        self._again_at: dict[int, float] = {}
         self._is_slow = False
         self.missing: dict[str, int] = {}
         for number in range(READERS):
@@ -140,11 +144,11 @@ class Namer:
         return path
 
     def _ask(self, key: int, pid: int, start_ns: int) -> bool:
-        """Have a program's build-id read when it is not known; return whether it was asked for."""
+        """Have a program's build-id read when it is not known; return whether that is the first time."""
         known = self._programs.get(key)
         if known is not None:
             self._programs.move_to_end(key)
-            if known.reason not in _PASSING:
+            if known.reason not in _PASSING or time.monotonic() < self._again_at.get(key, 0.0):
                 return False
         if key in _FIXED or key == PROGRAM_NONE or key in self._asked or len(self._asked) >= WAITING_MAX:
             return False
@@ -153,9 +157,12 @@ class Namer:
             return False
         if known is None:
             self._remember(self._programs, key, described(found, reason="build_id_pending"))
+        if len(self._again_at) >= REMEMBERED_MAX:
+            self._again_at.clear()
+        self._again_at[key] = time.monotonic() + AGAIN_SECONDS
         self._asked.add(key)
         self._questions.put(Question(key, found, pid, start_ns))
-        return True
+        return known is None
 
     def _take_answers(self) -> None:
         with contextlib.suppress(queue.Empty):
