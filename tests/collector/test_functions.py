@@ -16,7 +16,7 @@ import pytest
 from stella_collector import kernel
 from stella_collector.accounting import decode_counters
 from stella_collector.binaries import file_probes
-from stella_collector.libbpf import Program
+from stella_collector.objects import Program
 from stella_shared.events import FunctionCall
 from stella_shared.kernel_records import PROCESS_EXEC
 from tests.collector.conftest import Watch

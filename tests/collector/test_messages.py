@@ -12,6 +12,7 @@ import pytest
 
 from stella_cli.failure import RUNBOOK_SECTIONS
 from stella_collector.app import Collector
+from stella_collector.draining import Draining
 
 WITHOUT_RIGHTS = """
 import ctypes, json, logging, os, sys
@@ -46,11 +47,12 @@ def test_a_probe_that_may_not_attach_says_so_in_the_runbooks_words(tmp_path: Pat
 def test_drops_are_told_at_most_every_five_seconds_and_none_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     """`Ring buffer full, N events dropped`, N being all since the last time; the end tells what is left."""
     collector = Collector.__new__(Collector)
-    collector.lost = {}
+    collector.draining = Draining.__new__(Draining)
+    collector.draining.lost = {}
     collector._drops_told, collector._drops_untold_since = 0, 0.0
     with caplog.at_level(logging.WARNING):
         for now, dropped in ((10.0, 1523), (11.0, 1600), (14.9, 1700), (15.0, 1800), (16.0, 1801)):
-            collector.lost["ring_full"] = dropped
+            collector.draining.lost["ring_full"] = dropped
             collector._warn_of_drops(now)
         collector._warn_of_drops(float("inf"))
     said = [record.getMessage() for record in caplog.records]

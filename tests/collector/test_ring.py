@@ -32,9 +32,9 @@ class FakeRing:
         os.ftruncate(self.fd, 2 * PAGE + 2 * SIZE)
         self.memory = mmap.mmap(self.fd, 0)
         self.produced = start
-        self.reader = CRing(self.fd, SIZE, LANES)
         struct.pack_into("<Q", self.memory, 0, start)
         struct.pack_into("<Q", self.memory, PAGE, start)
+        self.reader = CRing(self.fd, SIZE, LANES)
 
     def _write(self, at: int, data: bytes) -> None:
         # What the kernel gets by mapping the pages twice is written twice here.

@@ -1,4 +1,4 @@
-"""The collector as a process on a real bus: batches follow on without a hole, and a dead run's books are closed."""
+"""The collector as a process on a real bus: batches follow on without a hole, and a run outlives its collector."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from stella_collector.kernel import BPFFS
+from stella_collector.runs import unpin
 from stella_shared import kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RawBatch, decode_raw, ledger_faults
@@ -46,7 +47,7 @@ class Collector:
                     "signals": {
                         "node": NODE,
                         "output_directory": str(folder / "evidence"),
-                        "ring_buffer_size": 1 << 20,
+                        "ring_buffer_size": 64 << 20,
                         "bus": {"url": url},
                         "filters": {
                             "target_cgroups": [cgroup.name],
@@ -68,7 +69,7 @@ class Collector:
         return self.process.wait(30)
 
     def pins(self) -> list[Path]:
-        """Return the pinned counters of this test's runs."""
+        """Return the pinned runs of this test."""
         return [pin for folder in (BPFFS / "stella").glob(f"{NODE}-*") for pin in folder.iterdir()]
 
 
@@ -80,7 +81,7 @@ def collector(tmp_path: Path, server: Server, cgroup: Cgroup) -> Iterator[Collec
         made.process.kill()
         made.process.wait()
     for pin in made.pins():
-        pin.unlink()
+        unpin(pin)
 
 
 async def batches(bus: Bus, final: int, seconds: float = 30.0) -> list[RawBatch]:
@@ -115,13 +116,14 @@ def books(run: list[RawBatch]) -> tuple[dict[int, int], int, Counter[str]]:
     return at, recorded, lost
 
 
-async def test_kill_9_leaves_the_exact_numbers_for_the_next_run(
+async def test_kill_9_under_load_loses_nothing(
     collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
 ) -> None:
-    """A collector killed under load leaves its counters; its successor tells them, no more, no less."""
+    """Killed three times while 50,000 opens a second go on: one run, every open once, every number in order."""
+    count, rate = 250_000, 50_000
     program = build_generator(tmp_path)
     generator = cgroup.run(
-        program, collector.work, "240000", "40000", "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        program, collector.work, str(count), str(rate), "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert generator.stdin and generator.stdout
     generator.stdout.readline()
@@ -131,34 +133,27 @@ async def test_kill_9_leaves_the_exact_numbers_for_the_next_run(
         await wait_for_run(collector)
         generator.stdin.write(b"x")
         generator.stdin.flush()
-        await anyio.sleep(0.7)
-        assert -signal.SIGKILL == collector.end(signal.SIGKILL)
-        (pin,) = collector.pins()
-        collector.start()
-        await wait_for_run(collector, but_not=pin.name)
-        assert [pin.name] != [p.name for p in collector.pins()], "its books are closed, so its counters are gone"
+        for _ in range(3):
+            await anyio.sleep(0.7)
+            assert -signal.SIGKILL == collector.end(signal.SIGKILL)
+            collector.start()
         await anyio.to_thread.run_sync(lambda: generator.communicate(timeout=30))
         assert 0 == collector.end(signal.SIGTERM)
         found = await batches(bus, final=1)
     assert [] == collector.pins()
-    assert not (collector.state / "run" / "collector.json").exists()
-    first = [batch for batch in found if batch.run == pin.name]
-    second = [batch for batch in found if batch.run != pin.name]
-    settled, recorded, lost = books(first)
-    (closing,) = second[0].closings
-    assert (pin.name, "") == (closing.run, closing.reason)
-    assert set(settled) <= set(closing.taken)
-    missing = sum(closing.taken.values()) - sum(settled.values())
-    assert all(closing.taken[lane] >= n for lane, n in settled.items())
-    assert 0 < missing < 40_000, "what was taken, and neither sent nor lost by name, died with the collector"
-    settled_second, recorded_second, lost_second = books(second)
-    assert not any(batch.closings for batch in second[1:])
-    assert second[-1].final
-    # Between the two nothing was attached: those opens took no number. Everything else is accounted for.
-    numbers = sum(closing.taken.values()) + sum(settled_second.values())
-    assert numbers == recorded + lost.total() + missing + recorded_second + lost_second.total()
-    # How long the restart takes is the machine's affair: each life has recorded something, and none twice.
-    assert recorded and recorded_second and recorded + recorded_second <= 240_000
+    assert [] == list((collector.state / "run").glob("*.json"))
+    assert 1 == len({batch.run for batch in found})
+    _, recorded, lost = books(found)
+    assert {} == dict(lost)
+    assert count == recorded == len(opens(found, collector.work))
+
+
+def opens(found: list[RawBatch], work: Path) -> list[tuple[int, int]]:
+    """Return (lane, number) of each open below `work`, none twice."""
+    records = [r for batch in found for r in raw_batches.records(batch.records)]
+    mine = [(r.lane, r.seq) for r in records if r.type == kernel_records.FILE_OPEN and os.fsencode(work) in r.body]
+    assert len(set(mine)) == len(mine)
+    return mine
 
 
 async def wait_for_run(collector: Collector, but_not: str = "", seconds: float = 20.0) -> None:

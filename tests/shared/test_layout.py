@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from stella_collector import accounting, filtering, kernel, ring
+from stella_collector import accounting, filtering, reading, ring
 from stella_collector.binaries import attaching, notices, question
-from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, URING, probes_of
+from stella_collector.kernel import _FUNCTION_PROGRAMS, _NOTICE_PROGRAMS, OBJECT, URING
+from stella_collector.probes import probes_of
 from stella_shared import kernel_records, raw_batches, wire
 from stella_shared.config import Probes, Signals
 
@@ -41,10 +42,10 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     ),
     "stella_ancestor": (kernel_records.ANCESTOR.format, "start_ns pid reserved comm"),
     "stella_program": (
-        f"{kernel.PROGRAM_HEAD.format}{kernel.WALK_ROOM}s",
+        f"{reading.PROGRAM_HEAD.format}{reading.WALK_ROOM}s",
         "inode device path_at flags ready path",
     ),
-    "stella_cgroup": (f"{kernel.CGROUP_HEAD.format}{kernel.WALK_ROOM}s", "path_at flags ready reserved path"),
+    "stella_cgroup": (f"{reading.CGROUP_HEAD.format}{reading.WALK_ROOM}s", "path_at flags ready reserved path"),
     "stella_tcp_state": (
         kernel_records.TCP_STATE_BODY.format,
         "family sport dport old_state new_state saddr daddr attribution reserved",

@@ -29,6 +29,9 @@ KERNEL_FILTERS: Final = ("kernel_target", "kernel_path", "kernel_network")
 
 _COUNTERS = struct.Struct("<7Q")
 _SEEN = struct.Struct("<4Q")
+#: Bytes of a lane in `Accountant.state` and in a reader's `seen`.
+STATE_BYTES: Final = 64
+SEEN_BYTES: Final = _SEEN.size
 
 
 class LaneCounters(msgspec.Struct, frozen=True, gc=False):
@@ -68,10 +71,25 @@ class Accountant:
         self._lanes = [_Lane(index % LANE_KINDS != UPROBE_KIND) for index in range(lanes)]
         self._missed = 0
         self._since_ns = 0
+        self._state = struct.Struct(f"<QQ{lanes * STATE_BYTES // 8}Q")
 
     def begin(self, now_ns: int) -> None:
         """Start the first window at `now_ns`."""
         self._since_ns = now_ns
+
+    def state(self) -> bytes:
+        """Return all that is known, for `restore` in another process."""
+        numbers = [self._since_ns, self._missed]
+        for lane in self._lanes:
+            numbers += (lane.settled, lane.delivered, *lane.declared, *lane.filtered)
+        return self._state.pack(*numbers)
+
+    def restore(self, state: bytes) -> None:
+        """Go on where `state` was taken."""
+        self._since_ns, self._missed, *numbers = self._state.unpack(state)
+        for at, lane in enumerate(self._lanes):
+            lane.settled, lane.delivered, *rest = numbers[at * 8 : at * 8 + 8]
+            lane.declared, lane.filtered = rest[:3], rest[3:]
 
     @staticmethod
     def _explain(lane: _Lane, numbers: int, counters: LaneCounters) -> list[int]:
@@ -168,3 +186,11 @@ def join(earlier: Ledger, later: Ledger) -> Ledger:
         add(earlier.filtered, later.filtered),
         add(earlier.lost, later.lost),
     )
+
+
+def all_lost(ledger: Ledger, cause: str) -> Ledger:
+    """Return the ledger of a batch whose records are lost for `cause`."""
+    rows = [msgspec.structs.replace(row, recorded=0, lost=row.lost + row.recorded) for row in ledger.lanes]
+    gone = sum(row.recorded for row in ledger.lanes)
+    lost = {**ledger.lost, cause: ledger.lost.get(cause, 0) + gone} if gone else ledger.lost
+    return msgspec.structs.replace(ledger, lanes=rows, lost=lost)

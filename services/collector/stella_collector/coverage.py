@@ -11,7 +11,7 @@ import os
 import msgspec
 
 from stella_collector.binaries.file_probes import BinaryState
-from stella_collector.kernel import ProbeState
+from stella_collector.probes import ProbeState
 from stella_collector.targets import Target
 from stella_shared.config import Signals
 

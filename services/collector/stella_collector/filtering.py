@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from stella_collector import targets
-from stella_collector.libbpf import Object
+from stella_collector.objects import Maps
 from stella_shared.config import Signals
 from stella_shared.kernel_records import TYPE_NAMES
 from stella_shared.patterns import compile_paths
@@ -22,15 +22,23 @@ CONFIG: Final = struct.Struct("<6I2Q2I")
 TARGET_NAMES: Final = "stella_target_names"
 WINDOWS_PER_SECOND: Final = 10
 PATH_KEY_BYTES: Final = 252
+_KEY_BYTES: Final = {
+    "path_allow": 4 + PATH_KEY_BYTES,
+    "path_deny": 4 + PATH_KEY_BYTES,
+    "network_allow": 20,
+    "network_deny": 20,
+    TARGET_NAMES: 16,
+}
 _TYPES: Final = {name: number for number, name in TYPE_NAMES.items()}
 
 
 class Filtering:
     """The filter maps of a loaded object."""
 
-    def __init__(self, obj: Object) -> None:
+    def __init__(self, obj: Maps) -> None:
         self._object = obj
-        self._written: dict[str, set[bytes]] = {}
+        #: What is in the maps, of a former collector too.
+        self._written = {name: set(obj.keys(name, size)) for name, size in _KEY_BYTES.items()}
         #: Names of target containers: those of the configuration, and those that its selectors match now.
         self._asked: set[bytes] = set()
         self._selected: set[bytes] = set()
@@ -48,7 +56,7 @@ class Filtering:
             TARGET_NAMES: self._asked | self._selected,
         }
         for name, keys in wanted.items():
-            for key in keys - self._written.get(name, set()):
+            for key in keys - self._written[name]:
                 self._object.update(name, key, b"\1")
         config = CONFIG.pack(
             scoped,
@@ -64,7 +72,7 @@ class Filtering:
         )
         self._object.update(".data.config", struct.pack("<I", 0), config)
         for name, keys in wanted.items():
-            for key in self._written.get(name, set()) - keys:
+            for key in self._written[name] - keys:
                 self._object.delete(name, key)
         self._written = wanted
 

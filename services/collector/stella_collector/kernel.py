@@ -4,9 +4,12 @@
         kernel.attach()
         kernel.ring.drain(…); kernel.counters()
 
-A probe that fails does not stop the others; its state says what was refused and what would help.  A crash
-here leaves nothing attached (links are file descriptors) and the lanes' counters pinned, for the next
-collector to close the books of this run.
+A probe that fails does not stop the others; its state says what was refused and what would help.
+
+    kernel.pin(folder); kernel.attach()                # from here on the probes of the node outlive this process
+    Kernel(signals, lib, adopted=Adopted(…))           # the next process goes on with them: nothing is loaded
+
+Probes in files are not pinned: whoever goes on looks for the files anew (docs/decisions/0017-hitless-restart.md).
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import errno
 import glob
 import hashlib
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -28,17 +30,16 @@ from typing import Final, Self
 import msgspec
 
 from stella_collector import targets
-from stella_collector.accounting import LANE_STRIDE
 from stella_collector.binaries.attaching import FUNCTIONS_MAX
 from stella_collector.binaries.choosing import Library
 from stella_collector.binaries.watch import Binaries
 from stella_collector.filtering import Filtering
-from stella_collector.libbpf import NATIVE, Libbpf, Link, Object
-from stella_collector.naming import KernelProgram
-from stella_collector.ring import open_ring
+from stella_collector.libbpf import NATIVE, Libbpf
+from stella_collector.objects import LINK_PIN, Link, Maps, Object, Pinned
+from stella_collector.probes import Probe, ProbeState, probes_of
+from stella_collector.reading import Reading
 from stella_shared.config import Signals
 from stella_shared.errors import ConfigError, NotFound, NotPermitted, StellaError
-from stella_shared.kernel_records import text
 from stella_shared.wire import LANE_KINDS
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,8 @@ _FUNCTION_PROGRAMS: Final = (
     "stella_fn_trace", "stella_fn_count", "stella_fn_trace1", "stella_fn_count1", "stella_fn_flush", "stella_fn_exit",
 )  # fmt: skip
 _RUNBOOK: Final = "issue-probe-failed-to-attach"
-#: struct stella_program and struct stella_cgroup, without their paths, which end at WALK_MAX of WALK_ROOM bytes.
-PROGRAM_HEAD: Final = struct.Struct("<QIHBB")
-CGROUP_HEAD: Final = struct.Struct("<HBBI")
-WALK_MAX, WALK_ROOM = 512, 768
+#: struct stella_scope.
+_LEVELS: Final = struct.Struct("<QQ")
 #: Count what is asked for through io_uring, past every probe: rings made, opens, connects, accepts.
 URING: Final = {"stella_uring_made": "io_uring_create", "stella_uring_asked": "io_uring_submit_req"}
 _URING_COUNTS: Final = struct.Struct("<4Q")
@@ -74,130 +73,6 @@ _LIBSSL_GLOBS: Final = (
     "/usr/local/lib/libssl.so.*",
 )
 _LIBC_GLOBS: Final = ("/lib/*-linux-gnu/libc.so.6", "/usr/lib64/libc.so.6", "/lib/ld-musl-*.so.1")
-
-
-class Probe(msgspec.Struct, frozen=True):
-    """One probe of the configuration: its programs and where they go.
-
-    `tracepoints` are (program, category, event, needed); `functions` are (entry program, return program,
-    function) for uprobes.
-    """
-
-    name: str
-    tracepoints: tuple[tuple[str, str, str, bool], ...] = ()
-    btf: tuple[str, str] | None = None
-    functions: tuple[tuple[str, str, str], ...] = ()
-    library: str = ""
-
-    def programs(self) -> list[str]:
-        """Names of the programs this probe needs."""
-        names = [row[0] for row in self.tracepoints]
-        names += [self.btf[0]] if self.btf else []
-        names += [name for row in self.functions for name in row[:2]]
-        return names
-
-    def attach_point(self) -> str:
-        """Where it attaches, for people."""
-        if self.btf:
-            return f"tp_btf/{self.btf[1]}"
-        if self.tracepoints:
-            return ", ".join(f"{category}/{event}" for _, category, event, _ in self.tracepoints if "_enter_" in event)
-        return ", ".join(f"{self.library}:{function}" for *_, function in self.functions)
-
-
-def _syscall(program: str, call: str, needed: bool = True) -> tuple[tuple[str, str, str, bool], ...]:
-    # The exit side first: an entry whose exit is not watched yet would be remembered for nothing.
-    return (
-        (f"{program}_ex", "syscalls", f"sys_exit_{call}", needed),
-        (f"{program}_en", "syscalls", f"sys_enter_{call}", needed),
-    )
-
-
-def probes_of(signals: Signals) -> list[tuple[Probe, bool]]:
-    """Return every probe, and whether the configuration wants it."""
-    wants = signals.probes
-    connect: Probe
-    accept: Probe
-    if wants.libc_source == "uprobe":
-        connect = Probe("libc_connect", functions=(("stella_conn_ue", "stella_conn_ux", "connect"),), library="libc")
-        accept = Probe(
-            "libc_accept",
-            functions=(
-                ("stella_acc_ue", "stella_acc_ux", "accept"),
-                ("stella_acc4_ue", "stella_acc4_ux", "accept4"),
-            ),
-            library="libc",
-        )
-    else:
-        connect = Probe("libc_connect", tracepoints=_syscall("stella_conn", "connect"))
-        accept = Probe(
-            "libc_accept", tracepoints=_syscall("stella_acc", "accept", False) + _syscall("stella_acc4", "accept4")
-        )
-    return [
-        (
-            Probe(
-                "sys_enter_openat",
-                # open(2) exists on x86 only, openat2(2) since Linux 5.6.
-                tracepoints=_syscall("stella_opena", "openat")
-                + _syscall("stella_open", "open", False)
-                + _syscall("stella_open2", "openat2", False),
-            ),
-            wants.sys_enter_openat,
-        ),
-        (
-            Probe(
-                "sched_process_exec",
-                btf=("stella_exec", "sched_process_exec"),
-                # The stack of who asks for it: afterwards it is another program's.
-                tracepoints=(
-                    ("stella_execve", "syscalls", "sys_enter_execve", False),
-                    ("stella_execveat", "syscalls", "sys_enter_execveat", False),
-                )
-                if "process_exec" in wants.stacks
-                else (),
-            ),
-            wants.sched_process_exec,
-        ),
-        (Probe("inet_sock_set_state", btf=("stella_tcp", "inet_sock_set_state")), wants.inet_sock_set_state),
-        (connect, wants.libc_connect),
-        (accept, wants.libc_accept),
-        (
-            Probe(
-                "openssl_read",
-                functions=(
-                    ("stella_sr_ue", "stella_sr_ux", "SSL_read"),
-                    ("stella_srx_ue", "stella_srx_ux", "SSL_read_ex"),
-                ),
-                library="libssl",
-            ),
-            wants.openssl_read,
-        ),
-        (
-            Probe(
-                "openssl_write",
-                functions=(
-                    ("stella_sw_ue", "stella_sw_ux", "SSL_write"),
-                    ("stella_swx_ue", "stella_swx_ux", "SSL_write_ex"),
-                ),
-                library="libssl",
-            ),
-            wants.openssl_write,
-        ),
-    ]
-
-
-class ProbeState(msgspec.Struct):
-    """What became of a probe: `attached`, or the reason and the fix.  `scope` is node or process."""
-
-    name: str
-    attach_point: str
-    wanted: bool
-    attached: bool = False
-    kernel: bool = True
-    permission: bool = True
-    reason: str = ""
-    fix: str = ""
-    scope: str = "node"
 
 
 def _mount(kind: str, where: Path) -> None:
@@ -238,10 +113,37 @@ def sha256_of(path: Path) -> str:
         return ""
 
 
-class Kernel:
+class Adopted(msgspec.Struct, frozen=True):
+    """What a former collector left attached, and what only it knew."""
+
+    folder: Path
+    pinned: Pinned
+    states: list[ProbeState]
+    extras: tuple[str, ...]
+    libraries: list[str]
+
+
+def shape_of(signals: Signals, lib: Libbpf) -> str:
+    """Return the digest of all that is fixed when the programs are loaded: who has the same may go on with them."""
+    functions = signals.probes.functions
+    fixed = (
+        sha256_of(OBJECT),
+        lib.possible_cpus(),
+        signals.ring_buffer_size,
+        targets.any_wanted(signals),
+        [(probe.name, probe.programs(), wanted) for probe, wanted in probes_of(signals)],
+        bool(functions),
+        any(entry.mode == "count" for entry in functions),
+    )
+    return hashlib.sha256(msgspec.json.encode(fixed)).hexdigest()
+
+
+class Kernel(Reading):
     """The loaded programs, their maps and links.  One owner, one thread at a time."""
 
-    def __init__(self, signals: Signals, lib: Libbpf, *, watch_nothing: bool = False) -> None:
+    def __init__(
+        self, signals: Signals, lib: Libbpf, *, watch_nothing: bool = False, adopted: Adopted | None = None
+    ) -> None:
         if not OBJECT.exists():
             raise NotFound("the BPF object is not built", hint="run `make install` in the source tree (it needs clang)")
         if not BTF.exists():
@@ -257,7 +159,14 @@ class Kernel:
             if not wanted:
                 state.reason = "switched off in the configuration"
         self._links: dict[str, list[Link]] = {}
-        self._object = self._load([p for p, wanted in self._probes if wanted])
+        self._folder: Path | None = None
+        self._extras: tuple[str, ...] = ()
+        self._object: Maps
+        if adopted is None:
+            self._object = self._load([p for p, wanted in self._probes if wanted])
+        else:
+            self._object = adopted.pinned
+            self._take_over(adopted)
         self._filtering = Filtering(self._object)
         self._filtering.apply(signals, scoped=self._scoped)
         loaded = [p for p, wanted in self._probes if wanted and self._state(p.name).kernel]
@@ -271,12 +180,46 @@ class Kernel:
             scoped=self._scoped,
             loaded=self._extras,
             own_libraries=self._libraries_on_disk,
+            known_libraries=adopted.libraries if adopted else [],
         )
-        self.ring = open_ring(lib, self._object.map_fd("stella_ring"), signals.ring_buffer_size, self.lanes)
-        span = -(-self.lanes * LANE_STRIDE // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._lanes_map = mmap.mmap(self._object.map_fd("stella_lanes"), span, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._levels = 0
-        self._targets: set[int] = set()
+        super().__init__(lib, self._object, self.lanes, signals.ring_buffer_size)
+        self._targets = {int.from_bytes(key, "little") for key in self._object.keys("stella_targets", 8)}
+        self._levels = _LEVELS.unpack(self._object.lookup(".bss", bytes(4), _LEVELS.size) or bytes(16))[0]
+
+    # ---- what outlives a process
+
+    def pin(self, folder: Path) -> None:
+        """Have all of it, and what `attach` will attach to the node, outlive this process.  Before `attach`.
+
+        From here on `detach` alone detaches the node's probes: an error that ends this process leaves them.
+        Raises what the kernel says.
+        """
+        self._object.pin(folder)
+        self._folder = folder
+
+    def pin_counters(self, path: Path) -> None:
+        """Have the lanes' counters alone outlive this process."""
+        self._lib.pin(self._object.map_fd("stella_lanes"), path)
+
+    def links(self) -> list[str]:
+        """Return the names of the links that are pinned."""
+        return [link.pinned.name for links in self._links.values() for link in links if link.pinned]
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Programs that are loaded beside those of the probes."""
+        return self._extras
+
+    def _take_over(self, adopted: Adopted) -> None:
+        self._folder, self._extras = adopted.folder, adopted.extras
+        known = {state.name: state for state in adopted.states}
+        self.states = [known.get(state.name, state) for state in self.states]
+        for probe, wanted in self._probes:
+            state = self._state(probe.name)
+            if wanted and probe.library == "libssl" and state.attached:
+                state.attached, state.reason = False, "the collector was restarted and looks for the files anew"
+        for name, link in adopted.pinned.links.items():
+            self._links.setdefault(name.removeprefix(LINK_PIN).rpartition("-")[0], []).append(link)
 
     # ---- loading
 
@@ -305,7 +248,7 @@ class Kernel:
 
     def _load(self, wanted: list[Probe]) -> Object:
         functions = bool(self._signals.probes.functions)
-        self._extras: tuple[str, ...] = _FUNCTION_PROGRAMS if functions else ()
+        self._extras = _FUNCTION_PROGRAMS if functions else ()
         if functions or any(probe.library for probe in wanted):
             self._extras += _NOTICE_PROGRAMS
         self._extras += tuple(URING)
@@ -343,7 +286,12 @@ class Kernel:
     # ---- attaching
 
     def attach(self) -> None:
-        """Attach every wanted probe of the node.  Those that fail carry the reason in their state."""
+        """Attach every wanted probe.  Those that fail carry the reason in their state."""
+        self.attach_node()
+        self.watch_files()
+
+    def attach_node(self) -> None:
+        """Attach every wanted probe but those in files."""
         for probe, wanted in self._probes:
             state = self._state(probe.name)
             if not wanted or not state.kernel or probe.library == "libssl":
@@ -361,6 +309,13 @@ class Kernel:
             if name in self._extras:
                 with contextlib.suppress(StellaError):
                     self._links[name] = [self._object.programs[name].attach(f"tp_btf/{event}")]
+        if self._folder is not None:
+            for key, links in self._links.items():
+                for index, link in enumerate(links):
+                    link.pin(self._folder / f"{LINK_PIN}{key}-{index}")
+
+    def watch_files(self) -> None:
+        """Attach to the files that are there, and begin to hear of new ones.  May take long."""
         self.binaries.begin(self._targets)
 
     def _refused(self, state: ProbeState, error: StellaError) -> None:
@@ -424,7 +379,6 @@ class Kernel:
 
     @property
     def libraries(self) -> list[str]:
-        """Names of files that records refer to by index."""
         return self.binaries.libraries
 
     # ---- filters, limits, targets
@@ -466,7 +420,7 @@ class Kernel:
         for old in self._targets - ids:
             self._object.delete("stella_targets", struct.pack("<Q", old))
         namespaces = sum(1 for t in found if t.id and t.level < 0)
-        self._object.update(".bss", struct.pack("<I", 0), struct.pack("<QQ", levels, namespaces))
+        self._object.update(".bss", struct.pack("<I", 0), _LEVELS.pack(levels, namespaces))
         self._targets, self._levels = ids, levels
         return True
 
@@ -479,47 +433,28 @@ class Kernel:
         """Tell the programs which containers selectors match: their cgroups are watched from when they are made."""
         self._filtering.name(container for ids in selected.values() for container in ids)
 
-    # ---- names
-
-    def cgroup(self, cgroup: int) -> str | None:
-        """Return the path of a cgroup in which something was recorded, None when it was forgotten."""
-        found = self._object.lookup("stella_cgroups", struct.pack("<Q", cgroup), CGROUP_HEAD.size + WALK_ROOM)
-        if found is None:
-            return None
-        at, _, ready, _ = CGROUP_HEAD.unpack_from(found)
-        return _walked(found, CGROUP_HEAD.size, at) if ready else None
-
-    def program(self, key: int) -> KernelProgram | None:
-        """Return the program behind a key, None when it was forgotten."""
-        found = self._object.lookup("stella_programs", struct.pack("<Q", key), PROGRAM_HEAD.size + WALK_ROOM)
-        if found is None:
-            return None
-        inode, device, at, flags, ready = PROGRAM_HEAD.unpack_from(found)
-        return KernelProgram(_walked(found, PROGRAM_HEAD.size, at), device, inode, flags) if ready else None
-
     # ---- counters
 
-    def counters(self) -> bytes:
-        """Return the lanes' counters as they stand, one row of 128 bytes a lane."""
-        return self._lanes_map[: self.lanes * LANE_STRIDE]
-
-    def missed(self) -> int:
-        """Return how many program runs the kernel skipped because the program was already running there."""
-        return sum(
-            self._object.programs[name].recursion_misses()
+    def counted(self) -> list[str]:
+        return [
+            name
             for probe, wanted in self._probes
             if wanted and self._state(probe.name).attached
             for name in probe.programs()
-        ) + sum(self._object.programs[name].recursion_misses() for name in self._extras if name.startswith("stella_fn"))
+        ] + [name for name in self._extras if name.startswith("stella_fn")]
+
+    def may_count(self) -> list[str]:
+        """Return all that `counted` may return once more is attached."""
+        wanted = [name for probe, wanted in self._probes if wanted for name in probe.programs()]
+        return wanted + [name for name in self._extras if name.startswith("stella_fn")]
+
+    def flush(self) -> int:
+        return self.binaries.flush()
 
     def run_times(self, probe: str) -> list[tuple[int, int]]:
         """Return (nanoseconds, runs) of each program of a probe (`Libbpf.count_run_time`)."""
         names = next(p.programs() for p, _ in self._probes if p.name == probe)
         return [self._object.programs[name].run_time() for name in names]
-
-    def pin_counters(self, path: Path) -> None:
-        """Pin the lanes at `path`, so that a successor can close this run's books."""
-        self._object.pin("stella_lanes", path)
 
     # ---- the end
 
@@ -535,11 +470,11 @@ class Kernel:
         self._links.clear()
 
     def close(self) -> None:
-        """Detach, and give programs and maps back."""
+        """Give programs and maps back.  What is pinned stays attached; the rest is detached."""
         self.binaries.close()
-        self.detach()
-        self.ring.close()
-        self._lanes_map.close()
+        if self._folder is None:
+            self.detach()
+        self.close_reading()
         self._object.close()
 
     def __enter__(self) -> Self:
@@ -547,7 +482,3 @@ class Kernel:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _walked(value: bytes, head: int, at: int) -> str:
-    return text(value[head + at : head + WALK_MAX])

@@ -17,7 +17,8 @@ from typing import Final
 import msgspec
 
 from stella_collector.kernel import BPFFS, OBJECT
-from stella_collector.libbpf import Libbpf, Object
+from stella_collector.libbpf import Libbpf
+from stella_collector.objects import Object
 from stella_collector.runs import pins_folder
 from stella_shared.config import Signals
 from stella_shared.errors import StellaError

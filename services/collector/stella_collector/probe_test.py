@@ -11,8 +11,9 @@ import logging
 import msgspec
 
 from stella_collector import probe_cost
-from stella_collector.kernel import Kernel, ProbeState, probes_of
+from stella_collector.kernel import Kernel
 from stella_collector.libbpf import Libbpf
+from stella_collector.probes import ProbeState, probes_of
 from stella_shared.config import Filters, Networks, Paths, Signals
 from stella_shared.errors import BadAnswer, NotPermitted, StellaError
 

@@ -17,7 +17,7 @@ import anyio
 import msgspec
 
 from stella_collector import coverage
-from stella_collector.kernel import ProbeState, probes_of
+from stella_collector.probes import ProbeState, probes_of
 from stella_collector.runs import Runs
 from stella_collector.spool import Spool
 from stella_shared import VERSION, clock, lifecycle, privileges, subjects

@@ -17,6 +17,9 @@
  * The tables that find repetitions are seeded, probe a bounded number of slots and start anew with each batch;
  * a repetition that they miss is said twice, no more.
  *
+ * Reading and releasing are two things: a record stays in the ring, where it outlives this process, until somebody
+ * says that it is safe elsewhere.
+ *
  * Loads of positions and heads acquire, the store of the consumer position releases, so this is right on weakly
  * ordered machines too.
  * Called without Python's lock; one caller at a time.
@@ -56,6 +59,7 @@ struct slot {
 
 struct ring {
 	uint64_t size, mask;
+	uint64_t at; /* where reading goes on; the kernel writes over what lies before *consumer */
 	uint64_t *consumer;
 	const uint64_t *producer;
 	const uint8_t *data;
@@ -120,6 +124,7 @@ struct ring *stella_ring_open(int fd, uint64_t size, uint64_t seed)
 	r->consumer = consumer;
 	r->producer = rest;
 	r->data = (const uint8_t *)rest + page;
+	r->at = *r->consumer;
 	return r;
 }
 
@@ -131,10 +136,38 @@ void stella_ring_close(struct ring *r)
 	free(r);
 }
 
-/* Bytes that wait in the ring. */
+/* Bytes that have not been read. */
 uint64_t stella_ring_waiting(const struct ring *r)
 {
+	return __atomic_load_n(r->producer, __ATOMIC_ACQUIRE) - r->at;
+}
+
+/* Bytes that the kernel cannot use: not read, or read and not released. */
+uint64_t stella_ring_used(const struct ring *r)
+{
 	return __atomic_load_n(r->producer, __ATOMIC_ACQUIRE) - *r->consumer;
+}
+
+uint64_t stella_ring_position(const struct ring *r)
+{
+	return r->at;
+}
+
+/* Go on reading at a position that has not been released. */
+void stella_ring_seek(struct ring *r, uint64_t at)
+{
+	r->at = at;
+}
+
+uint64_t stella_ring_released(const struct ring *r)
+{
+	return *r->consumer;
+}
+
+/* Give the kernel what lies before `at`, which has been read. */
+void stella_ring_release(struct ring *r, uint64_t at)
+{
+	__atomic_store_n(r->consumer, at, __ATOMIC_RELEASE);
 }
 
 static uint64_t mix(uint64_t h, uint64_t word)
@@ -183,12 +216,12 @@ static void claim(const struct ring *r, struct slot *slot, uint64_t hash, uint32
 	slot->index = index;
 }
 
-/* Take what is there, as far as `capacity` bytes of ring and MAX_EVENTS go. Stops at a record that is still
- * being written. What was taken stays in the reader until stella_ring_batch has written it out. */
+/* Read what is there, as far as `capacity` bytes of ring and MAX_EVENTS go, and release nothing. Stops at a record
+ * that is still being written. What was read stays in the reader until stella_ring_batch has written it out. */
 void stella_ring_drain(struct ring *r, uint64_t capacity, struct lane *lanes, uint32_t lane_count,
 		       struct drained *result)
 {
-	uint64_t at = *r->consumer;
+	uint64_t at = r->at;
 	const uint64_t begin = at, end = __atomic_load_n(r->producer, __ATOMIC_ACQUIRE);
 	uint32_t events = 0, whos = 0, whats = 0;
 	uint64_t whats_used = 0;
@@ -276,7 +309,7 @@ void stella_ring_drain(struct ring *r, uint64_t capacity, struct lane *lanes, ui
 		r->events[events++] = (struct event){ h->ts_ns, h->seq, who_index, what_index };
 		at += step;
 	}
-	__atomic_store_n(r->consumer, at, __ATOMIC_RELEASE);
+	r->at = at;
 	result->records = events;
 	result->whos = whos;
 	result->whats = whats;

@@ -47,12 +47,17 @@ class Ring(Protocol):
     """A ring reader."""
 
     size: int
+    #: Whether `keep` is possible.
+    can_keep: bool
 
     def waiting(self) -> int:
-        """Return the bytes that wait in the ring."""
+        """Return the bytes that have not been read."""
+
+    def used(self) -> int:
+        """Return the bytes that the kernel cannot use: not read, or read and kept."""
 
     def drain(self, capacity: int) -> Drained:
-        """Take what is there, up to `capacity` bytes.  Raises `BrokenPromise` on a record that cannot be."""
+        """Read what is there, up to `capacity` bytes.  Raises `BrokenPromise` on a record that cannot be."""
 
     def seen(self) -> bytes:
         """Return each lane's (next, delivered, gaps, disorder), four u64 a lane."""
@@ -83,12 +88,18 @@ class CRing:
     """The ring through `native/ring.so`.  One caller at a time; the drain runs without Python's lock."""
 
     def __init__(self, fd: int, size: int, lanes: int) -> None:
+        self.can_keep = True
+        self._keeps = False
         self._lib = ctypes.CDLL(str(NATIVE / "ring.so"))
         self._lib.stella_ring_open.restype = c_void_p
         self._lib.stella_ring_open.argtypes = (c_int, c_uint64, c_uint64)
         self._lib.stella_ring_close.argtypes = (c_void_p,)
-        self._lib.stella_ring_waiting.restype = c_uint64
-        self._lib.stella_ring_waiting.argtypes = (c_void_p,)
+        for name in ("waiting", "used", "position", "released"):
+            function = getattr(self._lib, f"stella_ring_{name}")
+            function.restype, function.argtypes = c_uint64, (c_void_p,)
+        for name in ("seek", "release"):
+            function = getattr(self._lib, f"stella_ring_{name}")
+            function.restype, function.argtypes = None, (c_void_p, c_uint64)
         self._lib.stella_ring_drain.restype = None
         self._lib.stella_ring_drain.argtypes = (c_void_p, c_uint64, c_void_p, c_uint32, c_void_p)
         self._lib.stella_ring_batch.restype = None
@@ -105,9 +116,49 @@ class CRing:
     def waiting(self) -> int:
         return int(self._lib.stella_ring_waiting(self._ring))
 
+    def used(self) -> int:
+        return int(self._lib.stella_ring_used(self._ring))
+
+    def keep(self) -> None:
+        """From now on, let what was read stay in the ring until it is released."""
+        self._keeps = True
+
+    @property
+    def position(self) -> int:
+        """Where reading goes on, in bytes since the ring was made."""
+        return int(self._lib.stella_ring_position(self._ring))
+
+    @property
+    def released(self) -> int:
+        """Before this position the kernel may have written anew."""
+        return int(self._lib.stella_ring_released(self._ring))
+
+    def release(self, position: int) -> None:
+        """Give the kernel what lies before `position`, which has been read."""
+        if self._ring:
+            self._lib.stella_ring_release(self._ring, position)
+
+    def resume(self, position: int, seen: bytes) -> None:
+        """Go on at `position`, which has not been released, with the lanes as `seen` returned them there."""
+        self._lib.stella_ring_seek(self._ring, position)
+        ctypes.memmove(self._lanes, seen, len(self._lanes))
+
+    def again(self, start: int, end: int) -> Drained:
+        """Read once more what was read between two positions.  Lanes do not count it; reading goes on at `end`."""
+        self._lib.stella_ring_seek(self._ring, start)
+        drained = self._drain(end - start, ctypes.create_string_buffer(len(self._lanes)))
+        self._lib.stella_ring_seek(self._ring, end)
+        return drained
+
     def drain(self, capacity: int) -> Drained:
+        drained = self._drain(capacity, self._lanes)
+        if not self._keeps:
+            self.release(self.position)
+        return drained
+
+    def _drain(self, capacity: int, lanes: ctypes.Array[ctypes.c_char]) -> Drained:
         result = self._result
-        self._lib.stella_ring_drain(self._ring, capacity, self._lanes, self._count, ctypes.byref(result))
+        self._lib.stella_ring_drain(self._ring, capacity, lanes, self._count, ctypes.byref(result))
         if result.malformed:
             raise BrokenPromise(f"{result.malformed} records in the ring have an impossible size or lane")
         if len(self._out) < result.bytes:
@@ -130,6 +181,7 @@ class LibbpfRing:
 
     def __init__(self, lib: Libbpf, fd: int, size: int, lanes: int) -> None:
         self.size = size
+        self.can_keep = False
         self._lib = lib
         self._lanes = [[0, 0, 0, 0] for _ in range(lanes)]
         self._taken: list[bytes] = []
@@ -167,6 +219,9 @@ class LibbpfRing:
         consumed = struct.unpack_from("<Q", self._consumer)[0]
         return int(struct.unpack_from("<Q", self._producer)[0] - consumed)
 
+    def used(self) -> int:
+        return self.waiting()
+
     def drain(self, capacity: int) -> Drained:
         self._room = capacity
         if capacity >= RECORD_MAX_BYTES:
@@ -190,9 +245,14 @@ class LibbpfRing:
             self._producer.close()
 
 
+def can_keep() -> bool:
+    """Return whether the reader that `open_ring` returns can leave records in the ring."""
+    return (NATIVE / "ring.so").exists()
+
+
 def open_ring(lib: Libbpf, fd: int, size: int, lanes: int) -> Ring:
     """Return the best reader there is for the ring behind `fd`."""
-    if (NATIVE / "ring.so").exists():
+    if can_keep():
         return CRing(fd, size, lanes)
     log.warning("the C ring reader is not built; reading through libbpf's callback, which costs more")
     return LibbpfRing(lib, fd, size, lanes)

@@ -1,30 +1,49 @@
-"""Runs: one life of the loaded programs, and the closing of those that ended badly.
+"""Runs: one life of the loaded BPF programs, which may outlive several collectors, and what is done with each.
 
-A run's lane counters are pinned in the bpf file system while it lives, and `run/collector.json` in the state
-directory names it.  A collector that dies leaves both.  The next one reads the counters, tells the signer
-how many numbers had been handed out (`wire.Closing`), and removes the pin once that is stored on the bus.
-After a reboot the counters are gone with the kernel: the closing then says so instead.
+    /sys/fs/bpf/stella/<node>/<run>/    map-* program-* link-* journal
+    <state>/run/collector-<run>.json    what the kernel does not know of it (`Remembered`)
+    <state>/run/collector.json          the run that is, or was, on record
+
+A collector that dies leaves all of it.  The next one goes on with the run when it would have loaded the same.  When it
+would not, it begins a run of its own, and reads the former one to its end.  What can be neither gone on with nor read
+is closed from its counters: the signer is told how many numbers had been handed out (`wire.Closing`).  After a reboot
+the counters are gone with the kernel: the closing then says so instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
 import secrets
+import struct
+import threading
 from pathlib import Path
+from typing import Final
 
+import anyio
 import msgspec
 
-from stella_collector.accounting import KERNEL_FILTERS, LANE_STRIDE, decode_counters
+from stella_collector.accounting import KERNEL_FILTERS, LANE_STRIDE, SEEN_BYTES, Accountant, decode_counters
+from stella_collector.journal import Journal, size_of
 from stella_collector.kernel import BPFFS, Kernel
 from stella_collector.libbpf import Libbpf
-from stella_shared import clock
+from stella_collector.objects import LINK_PIN
+from stella_collector.probes import ProbeState
+from stella_shared import clock, kernel_records
 from stella_shared.config import Signals, node_name, state_directory
-from stella_shared.errors import StellaError
+from stella_shared.errors import StellaError, TryAgain
 from stella_shared.subjects import node_token
-from stella_shared.wire import Closing
+from stella_shared.wire import RAW_VERSION, Closing
+
+JOURNAL_PIN: Final = "journal"
+LANES_PIN: Final = "map-stella_lanes"
+#: A former collector of this node may take as long to let go.
+_CLAIM_SECONDS: Final = 10.0
+#: Collectors that began with a run and ended before they had stored a batch; then it is left.
+TRIES_MAX: Final = 3
 
 
 def pins_folder(signals: Signals) -> Path:
@@ -34,6 +53,14 @@ def pins_folder(signals: Signals) -> Path:
     return BPFFS / "stella" / f"{node_token(node_name(signals))}-{unique}"
 
 
+def layout() -> str:
+    """Return what records and journals look like: a run of another layout cannot be read."""
+    formats = sorted(
+        (name, value.format) for name, value in vars(kernel_records).items() if isinstance(value, struct.Struct)
+    )
+    return hashlib.sha256(msgspec.json.encode((RAW_VERSION, 1, formats))).hexdigest()
+
+
 class RunFile(msgspec.Struct):
     """`run/collector.json`: the run that is, or was, alive."""
 
@@ -41,77 +68,233 @@ class RunFile(msgspec.Struct):
     boot_id: str
 
 
+class Remembered(msgspec.Struct):
+    """`run/collector-<run>.json`: what a run's next collector has to know.
+
+    `attached` says that all was attached, `links` which pins that made.  `shape` is `kernel.shape_of`.
+    """
+
+    run: str
+    boot_id: str
+    shape: str
+    layout: str
+    lanes: int
+    ring_bytes: int
+    attached: bool = False
+    tries: int = 0
+    links: list[str] = []
+    states: list[ProbeState] = []
+    extras: tuple[str, ...] = ()
+    counted: list[str] = []
+    libraries: list[str] = []
+    selected: dict[str, list[str]] = {}
+    coverage: str = ""
+
+
+class Left(msgspec.Struct):
+    """What former collectors left: a run to go on with, runs to be read to their end, and the ends of the others."""
+
+    go_on: Remembered | None
+    finish: list[Remembered]
+    closings: list[Closing]
+
+
 class Runs:
-    """This node's runs.  `current` is the new run's name."""
+    """This node's runs.  `current` is the one that is recorded now."""
 
     def __init__(self, signals: Signals) -> None:
-        self._file = state_directory(signals) / "run" / "collector.json"
+        self._state = state_directory(signals) / "run"
+        self._file = self._state / "collector.json"
         self._pins = pins_folder(signals)
+        self._lock = threading.Lock()
+        self._claim = -1
         self.current = secrets.token_hex(8)
         self.pinned = False
         self.pin_reason = ""
 
-    def closings(self, lib: Libbpf, lanes: int) -> list[Closing]:
-        """Return the end of every run that has none yet, as far as it can be known."""
-        found: list[Closing] = []
+    async def claim(self) -> None:
+        """Be the only collector of this node until the process ends.  Raises `TryAgain` while there is another."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._claim = os.open(self._state / "collector.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with anyio.move_on_after(_CLAIM_SECONDS):
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                await anyio.sleep(0.05)
+        raise TryAgain(
+            f"another collector works on {self._state.parent}", hint="a node has one: `stella signals stop` ends it"
+        )
+
+    # ---- what is there
+
+    def look(self, lib: Libbpf, lanes: int, shape: str, *, keeps: bool) -> Left:
+        """Return what former collectors left.  `keeps`: whether our reader can go on in another one's ring."""
+        left = Left(None, [], [])
+        boot = clock.boot_id()  # the file system does not outlive the kernel
         with contextlib.suppress(OSError):
-            for pin in sorted(self._pins.iterdir()):
-                boot = clock.boot_id()  # the file system does not outlive the kernel
+            for pins in sorted(self._pins.iterdir()):
+                known = self._recall(pins.name) if pins.is_dir() else None
+                if known is not None and keeps and _can_be_read(known, pins, boot, lanes):
+                    whole = known.shape == shape and all((pins / link).exists() for link in known.links)
+                    if whole and left.go_on is None:
+                        left.go_on = known
+                    else:
+                        left.finish.append(known)
+                    continue
+                for link in pins.glob(f"{LINK_PIN}*") if pins.is_dir() else ():
+                    link.unlink()  # first it is detached: then its counters are final
                 try:
-                    found.append(_read(lib, pin, boot, lanes))
+                    closing = _read(lib, pins, boot, lanes)
                 except StellaError as e:
-                    found.append(Closing(pin.name, boot, {}, {}, f"its counters cannot be read: {e}"))
+                    closing = Closing(pins.name, boot, {}, {}, f"its counters cannot be read: {e}")
+                if pins.is_dir() and not closing.taken and not (known and known.attached):
+                    self.forget(pins.name)  # its collector ended before anything was attached
+                else:
+                    left.closings.append(closing)
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             last = msgspec.json.decode(self._file.read_bytes(), type=RunFile)
-            if last.run not in {c.run for c in found}:
+            known_runs = {c.run for c in left.closings} | {r.run for r in left.finish}
+            if last.run not in known_runs | ({left.go_on.run} if left.go_on else set()):
                 why = (
                     "its counters were not pinned"
-                    if last.boot_id == clock.boot_id()
+                    if last.boot_id == boot
                     else "the machine was restarted, and the counters ended with that kernel"
                 )
-                found.append(Closing(last.run, last.boot_id, {}, {}, why))
-        return found
+                left.closings.append(Closing(last.run, last.boot_id, {}, {}, why))
+        return left
 
-    def open(self, kernel: Kernel) -> None:
-        """Pin the counters of the new run.  Where that is not possible, `pin_reason` says why."""
+    def take(self, run: str) -> None:
+        """Go on with `run`."""
+        self.current, self.pinned = run, True
+
+    def folder(self, run: str) -> Path:
+        """Return the folder of a run's pins."""
+        return self._pins / run
+
+    def journal(self, lib: Libbpf, run: str, lanes: int) -> Journal:
+        """Return the journal that a run has left."""
+        return _journal(lib.open_pinned(self.folder(run) / JOURNAL_PIN), lanes)
+
+    # ---- the life of a run
+
+    def open(self, kernel: Kernel, lib: Libbpf, remembered: Remembered) -> Journal | None:
+        """Pin the new run and make its journal.  Where that is not possible, `pin_reason` says why."""
+        folder = self.folder(self.current)
         try:
-            self._pins.mkdir(parents=True, exist_ok=True, mode=0o700)
-            kernel.pin_counters(self._pins / self.current)
-            self.pinned = True
+            folder.mkdir(parents=True, mode=0o700)
+            if not kernel.ring.can_keep:
+                kernel.pin_counters(folder / LANES_PIN)
+                self.pinned = True
+                return None
+            self.remember(remembered)
+            journal = self._new_journal(lib, folder, kernel.lanes)
+            kernel.pin(folder)
         except (StellaError, OSError) as e:
             self.pin_reason = str(e)
+            self.forget(self.current)
+            return None
+        self.pinned = True
+        return journal
+
+    def _new_journal(self, lib: Libbpf, folder: Path, lanes: int) -> Journal:
+        fd = lib.create_memory("stella_journal", size_of(_books_bytes(lanes)))
+        try:
+            lib.pin(fd, folder / JOURNAL_PIN)
+        except StellaError:
+            os.close(fd)
+            raise
+        return _journal(fd, lanes)
+
+    def remember(self, remembered: Remembered) -> None:
+        """Write down what the run's next collector has to know.  Any thread may."""
+        with self._lock:
+            _replace(self._memory(remembered.run), msgspec.json.encode(remembered))
 
     def started(self, closed: list[Closing]) -> None:
         """The first batch is stored on the bus: the predecessors' books are closed, and this run is on record."""
         for closing in closed:
-            with contextlib.suppress(OSError):
-                (self._pins / closing.run).unlink()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        new = self._file.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(RunFile(self.current, clock.boot_id())))
-        new.replace(self._file)
+            self.forget(closing.run)
+        _replace(self._file, msgspec.json.encode(RunFile(self.current, clock.boot_id())))
 
     def ended(self) -> None:
         """The final batch is stored on the bus: nothing of this run is left to close."""
-        with contextlib.suppress(OSError):
-            (self._pins / self.current).unlink()
+        self.forget(self.current)
         with contextlib.suppress(OSError):
             self._pins.rmdir()
         self._file.unlink(missing_ok=True)
 
+    def forget(self, run: str) -> None:
+        """Remove all that is pinned and remembered of a run."""
+        unpin(self.folder(run))
+        self._memory(run).unlink(missing_ok=True)
 
-def _read(lib: Libbpf, pin: Path, boot_id: str, lanes: int) -> Closing:
-    fd = lib.open_pinned(pin)
+    def _memory(self, run: str) -> Path:
+        return self._state / f"collector-{run}.json"
+
+    def _recall(self, run: str) -> Remembered | None:
+        try:
+            return msgspec.json.decode(self._memory(run).read_bytes(), type=Remembered)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+
+def unpin(pins: Path) -> None:
+    """Remove a run's pins, links first: entry sides go before exit sides.  What is not there is fine."""
+    with contextlib.suppress(OSError):
+        if not pins.is_dir():
+            pins.unlink()
+            return
+        for pin in sorted(pins.iterdir(), key=lambda pin: (pin.name.startswith(LINK_PIN), pin.name), reverse=True):
+            pin.unlink()
+        pins.rmdir()
+
+
+def _can_be_read(known: Remembered, pins: Path, boot: str, lanes: int) -> bool:
+    return (
+        known.attached
+        and known.tries < TRIES_MAX
+        and (known.boot_id, known.lanes, known.layout) == (boot, lanes, layout())
+        and (pins / JOURNAL_PIN).exists()
+    )
+
+
+def _books_bytes(lanes: int) -> int:
+    return len(Accountant(lanes).state()) + lanes * SEEN_BYTES
+
+
+def _journal(fd: int, lanes: int) -> Journal:
+    """Return the journal in the map behind `fd`, which is closed."""
+    books = _books_bytes(lanes)
+    try:
+        memory = mmap.mmap(fd, size_of(books), mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except (OSError, ValueError) as e:
+        raise StellaError(f"the journal of a run cannot be mapped: {e}") from None
+    finally:
+        os.close(fd)
+    return Journal(memory, books)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_bytes(data)
+    new.replace(file)
+
+
+def _read(lib: Libbpf, pins: Path, boot_id: str, lanes: int) -> Closing:
+    # Before there were journals the counters alone were pinned, under the name of the run.
+    fd = lib.open_pinned(pins / LANES_PIN if pins.is_dir() else pins)
     try:
         span = -(-lanes * LANE_STRIDE // mmap.PAGESIZE) * mmap.PAGESIZE
         with mmap.mmap(fd, span, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
             counters = decode_counters(memory[: lanes * LANE_STRIDE])
     except (OSError, ValueError) as e:
-        raise StellaError(f"pinned counters {pin.name}: {e}") from None
+        raise StellaError(f"pinned counters {pins.name}: {e}") from None
     finally:
         os.close(fd)
     return Closing(
-        run=pin.name,
+        run=pins.name,
         boot_id=boot_id,
         taken={index: c.taken for index, c in enumerate(counters) if c.taken},
         filtered={name: sum(c.filtered[i] for c in counters) for i, name in enumerate(KERNEL_FILTERS)},

@@ -55,6 +55,14 @@ class Selected:
         self._globs = {entry.image for entry in signals.probes.functions if entry.image}
         self._containers = {text: self._containers.get(text, []) for text in selector_texts(signals)}
 
+    def known(self) -> dict[str, list[str]]:
+        """Return each selector with the ids of its containers."""
+        return self._containers
+
+    def go_on(self, known: dict[str, list[str]]) -> None:
+        """Begin with what a former collector knew, until an enricher speaks."""
+        self._containers.update({text: known[text] for text in self._containers if text in known})
+
     @property
     def wanted(self) -> bool:
         """Whether there are selectors at all."""

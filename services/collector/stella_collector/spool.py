@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 #: Publishing several at once hides the bus's latency; the signer puts batches back in order.
 PARALLEL = 4
+SPOOL_BYTES = 64 << 20
 _RETRY_SECONDS = (0.05, 1.0)
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from stella_collector.binaries.notices import device
 from stella_collector.binaries.question import BUILD_ID_BYTES, SYMBOL_BYTES, Function
-from stella_collector.libbpf import Link, Object
+from stella_collector.objects import Link, Maps
 from stella_shared.errors import StellaError
 
 #: Functions watched at one time, in all files.
@@ -47,7 +47,7 @@ class Attached(msgspec.Struct):
 class Rows:
     """The rows of `stella_functions`, given out and taken back."""
 
-    def __init__(self, obj: Object, count: int) -> None:
+    def __init__(self, obj: Maps, count: int) -> None:
         self._object = obj
         self._free = list(range(count - 1, -1, -1))
         self.count = count
@@ -77,7 +77,7 @@ class Rows:
 class Prober:
     """Attaches functions' probes."""
 
-    def __init__(self, obj: Object, *, many: bool) -> None:
+    def __init__(self, obj: Maps, *, many: bool) -> None:
         self._programs = obj.programs
         self.many = many
 
@@ -122,7 +122,7 @@ class Prober:
 class RealInode:
     """Says which inode a mapping of a file is really of: of the layer that holds it, where the file is an overlay's."""
 
-    def __init__(self, obj: Object) -> None:
+    def __init__(self, obj: Maps) -> None:
         self._object = obj
         self._program = obj.programs.get("stella_real_inode")
         self._libc = ctypes.CDLL(None, use_errno=True)

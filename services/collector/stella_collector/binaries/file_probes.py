@@ -21,11 +21,11 @@ from stella_collector.binaries.choosing import Entry, Interest, Library
 from stella_collector.binaries.mapped import FileId, file_id, started
 from stella_collector.binaries.question import Answer, Function, Matched, Patterns, Question, table_sha256
 from stella_collector.binaries.reader import Reader
-from stella_collector.libbpf import Link, Object
+from stella_collector.objects import Link, Maps
 from stella_shared.errors import StellaError
 
 if TYPE_CHECKING:
-    from stella_collector.kernel import ProbeState
+    from stella_collector.probes import ProbeState
 
 log = logging.getLogger(__name__)
 
@@ -85,20 +85,23 @@ class FileProbes:
 
     def __init__(
         self,
-        obj: Object,
+        obj: Maps,
         states: list[ProbeState],
         refused: Callable[[ProbeState, StellaError], None],
         *,
         loaded: Iterable[str],
         with_functions: bool,
         scoped: bool,
+        libraries: Iterable[str] = (),
     ) -> None:
         names = set(loaded)
         self._object = obj
         self._states = {state.name: state for state in states}
         self._tell_refused = refused
         self.scoped = scoped
-        self.libraries: list[str] = []
+        self.libraries: list[str] = list(libraries)
+        #: Called before the first record can refer to a name that is new.
+        self.on_library: Callable[[], None] = lambda: None
         self.rows = Rows(obj, FUNCTIONS_MAX if with_functions and "stella_fn_trace1" in names else 0)
         self._prober = Prober(
             obj, many="stella_fn_trace" in names and obj.programs["stella_fn_trace"].takes_uprobe_multi()
@@ -294,6 +297,7 @@ class FileProbes:
             if len(self.libraries) >= LIBRARIES_MAX:
                 return None
             self.libraries.append(name)
+            self.on_library()
         return self.libraries.index(name)
 
     def refuse(self, name: str, interest: Interest, reason: str) -> None:

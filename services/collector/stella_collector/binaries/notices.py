@@ -14,7 +14,8 @@ from typing import Final
 
 import msgspec
 
-from stella_collector.libbpf import RING_CALLBACK, Libbpf, Object
+from stella_collector.libbpf import RING_CALLBACK, Libbpf
+from stella_collector.objects import Maps
 from stella_shared.errors import BrokenPromise
 
 #: struct stella_notice: ts_ns, file, tgid, kind, path_at, flags; then the path, which ends at WALK_MAX of WALK_ROOM.
@@ -48,7 +49,7 @@ class Notice(msgspec.Struct, frozen=True):
 class Notices:
     """The ring of notices.  One owner."""
 
-    def __init__(self, lib: Libbpf, obj: Object) -> None:
+    def __init__(self, lib: Libbpf, obj: Maps) -> None:
         self._lib = lib
         self._object = obj
         self._taken: list[Notice] = []

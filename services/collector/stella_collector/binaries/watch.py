@@ -35,12 +35,13 @@ from stella_collector.binaries.choosing import Chooser, Entry, Library
 from stella_collector.binaries.file_probes import LIBRARY_NAME_MAX, BinaryState, FileProbes, WatchedFile
 from stella_collector.binaries.mapped import FileId, Mapping, file_id
 from stella_collector.binaries.notices import Notice, Notices
-from stella_collector.libbpf import Libbpf, Link, Object
+from stella_collector.libbpf import Libbpf
+from stella_collector.objects import Link, Maps
 from stella_shared.config import Signals
 from stella_shared.errors import StellaError
 
 if TYPE_CHECKING:
-    from stella_collector.kernel import ProbeState
+    from stella_collector.probes import ProbeState
 
 log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -63,7 +64,7 @@ class Binaries:
         self,
         signals: Signals,
         lib: Libbpf,
-        obj: Object,
+        obj: Maps,
         *,
         wanted: list[Library],
         states: list[ProbeState],
@@ -71,6 +72,7 @@ class Binaries:
         scoped: bool,
         loaded: Iterable[str],
         own_libraries: Callable[[], list[str]],
+        known_libraries: Iterable[str] = (),
     ) -> None:
         names = set(loaded)
         self._signals = signals
@@ -87,8 +89,9 @@ class Binaries:
         self._real.works = "stella_real_inode" in names
         self.notices = Notices(lib, obj) if "stella_note_exec" in names else None
         self._probes = FileProbes(
-            obj, states, refused, loaded=names, with_functions=bool(signals.probes.functions), scoped=scoped
-        )
+            obj, states, refused, loaded=names, with_functions=bool(signals.probes.functions), scoped=scoped,
+            libraries=known_libraries,
+        )  # fmt: skip
         self._links: list[Link] = []
         self._files: dict[FileId, WatchedFile] = {}
         self._alias: dict[FileId, FileId] = {}
@@ -109,6 +112,10 @@ class Binaries:
     def libraries(self) -> list[str]:
         """Names that records refer to by index.  It only grows."""
         return self._probes.libraries
+
+    def tell_library(self, heed: Callable[[], None]) -> None:
+        """Have `heed` called for each new name, before the first record can refer to it.  By any thread."""
+        self._probes.on_library = heed
 
     def states(self) -> list[BinaryState]:
         """Return every watched file, and those that are not although they were asked for.  Never waits."""
