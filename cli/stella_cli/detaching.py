@@ -1,10 +1,11 @@
 """`stella signals detach`: take our probes out of the kernel, whether or not a node answers.
 
-    look → detach what the kernel lets go of by id → end who holds the rest → look again → say what was done
+    look → detach by id where the kernel does → end who holds the rest → remove pins → look again → say what was done
 
-A tracepoint's or a uprobe's link ends with the last descriptor of it, so the process that holds it has to end.  Only
-a collector is ended, and the supervisor that would start it again: both are known by pid and start time, by what
-they run, and by the descriptors they hold.  In order first (the evidence is closed and signed), then at once.
+A tracepoint's or a uprobe's link ends with the last descriptor of it, so the process that holds it has to end, and
+with its pin, which outlives a collector that was killed.  Only a collector is ended, and the supervisor that would
+start it again: both are known by pid and start time, by what they run, and by the descriptors they hold.  In order
+first (the evidence is closed and signed, the pins are gone), then at once.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class _Pin(msgspec.Struct):
     path: str
     run: str
     own: bool
+    attached: bool
+    programs: list[int]
     holders: list[int]
 
 
@@ -73,28 +76,29 @@ def run(settings: Settings, *, everything: bool, pins: bool, dry_run: bool, wait
     """
     own = node_file.running(settings.state)
     mine = {child.who.pid for child in own.children if child.name == "collector"} if own else set()
-    if not everything and not mine and not dry_run and not pins:
+    before = _look(settings, "list")
+    meant = [pin for pin in before.pins if everything or pin.own]
+    pinned = {number for pin in meant for number in pin.programs}
+    if not everything and not mine and not pinned and not dry_run and not pins:
         raise NotFound(
             f"no node runs on {settings.state}, so there is nothing of it to detach",
             hint="--all takes the probes of every node on this machine out of the kernel; --dry-run shows them",
             runbook="emergency-disable-collection",
         )
-    before = _look(settings, "list")
-    wanted = [p for p in before.programs if everything or mine & set(p.holders)]
+    wanted = [p for p in before.programs if everything or mine & set(p.holders) or p.id in pinned]
     holders = sorted({pid for p in wanted for pid in p.holders if everything or pid in mine})
     if dry_run:
-        report = [_Done(p, _plan(p)) for p in wanted]
-        stale: list[tuple[str, str]] = [(pin.path, "would stay") for pin in _stale(before, everything=everything)]
-        _show(report, stale, as_json=as_json)
+        report = [_Done(p, _plan(p, pinned)) for p in wanted]
+        _show(report, [(pin.path, "would be unpinned, but its counters") for pin in _stale(meant)], as_json=as_json)
         return
     detached = _detach(settings, wanted, everything=everything)
     ended = _end(holders, wait_seconds) if holders else {}
+    left_over = [pin for pin in _look(settings, "list").pins if everything or pin.own]
+    done = [(pin.path, _unpin(pin, remove=pins)) for pin in _stale(left_over)]
     after = _look_when_settled(settings, {p.id for p in wanted})
     left = {p.id: p for p in after.programs}
     report = [_Done(p, _outcome(p, left.get(p.id), detached, ended)) for p in wanted]
-    _show(
-        report, [(pin.path, _unpin(pin, remove=pins)) for pin in _stale(after, everything=everything)], as_json=as_json
-    )
+    _show(report, done, as_json=as_json)
     remaining = [p for p in wanted if p.id in left and any(not link.detached for link in left[p.id].links)]
     if remaining:
         pids = sorted({pid for p in remaining for pid in left[p.id].holders})
@@ -129,7 +133,9 @@ def _detach(settings: Settings, wanted: list[_Program], *, everything: bool) -> 
     return {link.id for p in _look(settings, "detach").programs for link in p.links if link.detached}
 
 
-def _plan(program: _Program) -> str:
+def _plan(program: _Program, pinned: set[int]) -> str:
+    if not program.holders and program.id in pinned:
+        return "would be unpinned: nobody reads it"
     if not program.holders:
         return "would be detached by its link's id" if program.links else "is attached to nothing"
     ours = [pid for pid in program.holders if _is_collector(pid)]
@@ -141,7 +147,7 @@ def _outcome(before: _Program, after: _Program | None, detached: set[int], ended
         return "detached"
     if after is None or not after.links:
         how = sorted({f"{words} (pid {pid})" for pid, words in ended.items() if pid in before.holders})
-        return f"gone: {', '.join(how)}" if how else "gone with the process that held it"
+        return f"gone: {', '.join(how)}" if how else "gone with what held it"
     return f"LEFT: held by {_named(after.holders)}"
 
 
@@ -209,19 +215,26 @@ def _wait(people: list[Identity], seconds: float) -> None:
 # ---- pins
 
 
-def _stale(found: _Found, *, everything: bool) -> list[_Pin]:
-    """Return the pins of runs that are over: no process has their counters open."""
-    return [pin for pin in found.pins if not pin.holders and (everything or pin.own)]
+def _stale(pins: list[_Pin]) -> list[_Pin]:
+    """Return those of runs that nobody reads: no process has their counters open."""
+    return [pin for pin in pins if not pin.holders]
 
 
 def _unpin(pin: _Pin, *, remove: bool) -> str:
-    if not remove:
-        return "kept: the next start of its node counts with it what was lost; --pins removes it"
+    """Take the probes of a run out of the kernel; with `remove`, its maps too."""
+    path = Path(pin.path)
+    probes = [*sorted(path.glob("link-*"), reverse=True), *path.glob("program-*")]
     try:
-        Path(pin.path).unlink()
-        Path(pin.path).parent.rmdir()
+        for probe in probes:
+            probe.unlink()
+        if not remove:
+            return "kept, without probes: the next start of its node reads what is in it; --pins removes it"
+        for rest in path.iterdir() if path.is_dir() else ():
+            rest.unlink()
+        (path.rmdir if path.is_dir() else path.unlink)()
+        path.parent.rmdir()
     except OSError as e:
-        if Path(pin.path).exists():
+        if path.exists():
             return f"LEFT: {e.strerror}"
     return "removed"
 
@@ -251,4 +264,4 @@ def _show(report: list[_Done], pins: list[tuple[str, str]], *, as_json: bool) ->
             ],
         )
     for path, done in pins:
-        click.echo(f"counters {path}: {done}")
+        click.echo(f"run {path}: {done}")

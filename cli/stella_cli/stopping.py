@@ -30,7 +30,8 @@ def run(settings: Settings, reason: str | None = None) -> None:
     if node is None:
         raise NotFound(
             f"no node runs on {settings.state}",
-            hint="if it was started with --config or --target, give the same ones here",
+            hint="if it was started with --config or --target, give the same ones here; a node that was killed leaves "
+            "its probes for the next start, and `stella signals detach` takes them out of the kernel",
         )
     try:
         fd = os.pidfd_open(node.who.pid)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,19 +54,51 @@ def test_a_node_is_ended_in_order_and_its_evidence_is_whole(node: Node) -> None:
     assert 4 == node.stella("detach", check=False).returncode
 
 
-def test_at_once_the_collector_is_killed_and_its_counters_stay_for_the_next_start(node: Node) -> None:
-    """`--wait 0` waits for nobody; the pin is kept unless --pins is given, and the next start closes the books."""
+def test_at_once_the_collector_is_killed_and_its_run_stays_for_the_next_start(node: Node) -> None:
+    """`--wait 0` waits for nobody; what was recorded is kept unless --pins is given, and the next start reads it."""
     node.start()
     collector, supervisor = node.pids()["collector"], node.pids()["supervisor"]
+    node.cgroup.run("/bin/true").wait(20)
     said = json.loads(node.stella("detach", "--wait", "0", "--format", "json").stdout)
     assert {f"gone: its collector was killed (pid {collector})"} == {p["done"] for p in said["programs"]}
     assert not Path(f"/proc/{supervisor}/exe").exists()
     pins = [p for p in said["pins"] if "detach-" in p["path"]]
-    assert ["kept"] == [p["done"].split(":")[0] for p in pins]
-    assert Path(pins[0]["path"]).exists()
+    assert ["kept, without probes"] == [p["done"].split(":")[0] for p in pins]
+    run = Path(pins[0]["path"])
+    assert run.is_dir()
+    assert [] == [pin for pin in run.iterdir() if not pin.name.startswith(("map-", "journal"))]
     node.stella("start", "--detach")
-    assert not Path(pins[0]["path"]).exists()
+    deadline = time.monotonic() + 10.0
+    while run.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not run.exists()
     assert "ok" == node.get("/health")["components"]["collector"]["state"]
+    node.stop()
+    assert node.verify().valid
+    rows = [row for ledger in node.ledgers() for row in ledger["runs"] if row["run"] == run.name]
+    assert rows[-1]["final"] and not rows[-1]["unclean"]
+    assert [] == [ledger["lost"] for ledger in node.ledgers() if ledger["lost"]]
+    assert "/bin/true" in {line["event"].get("filename") for line in node.lines() if line["run"] == run.name}
+
+
+def test_the_probes_of_a_node_that_was_killed_are_found_and_taken_out(node: Node) -> None:
+    """kill -9 of the supervisor ends every part and leaves the probes: `stop` says so, `detach` takes them out."""
+    node.start()
+    collector, supervisor = node.pids()["collector"], node.pids()["supervisor"]
+    mine = {program["id"] for program in loaded(node)[collector]}
+    os.kill(supervisor, signal.SIGKILL)
+    deadline = time.monotonic() + 10.0
+    while Path(f"/proc/{collector}/exe").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "stella signals detach" in node.stella("stop", check=False).stderr
+    report = json.loads(node.stella("detach", "--dry-run", "--format", "json").stdout)
+    kept = {program["id"] for program in report["programs"] if program["links"]}
+    assert kept and kept <= mine
+    assert {"would be unpinned: nobody reads it"} == {program["done"] for program in report["programs"]}
+    said = json.loads(node.stella("detach", "--pins", "--format", "json").stdout)
+    assert {"gone with what held it"} == {program["done"] for program in said["programs"]}
+    assert ["removed"] == [pin["done"] for pin in said["pins"]]
+    assert 4 == node.stella("detach", check=False).returncode
 
 
 def test_pins_of_a_node_that_is_gone_are_removed_when_asked(node: Node) -> None:

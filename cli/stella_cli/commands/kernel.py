@@ -31,7 +31,7 @@ def test_probes(form: str | None) -> None:
 @signals.command(short_help="Take our probes out of the kernel.")
 @everywhere
 @click.option("--all", "everything", is_flag=True, help="Those of every node on this machine, not of this one alone.")
-@click.option("--pins", is_flag=True, help="Remove the pinned counters of runs that are over, too.")
+@click.option("--pins", is_flag=True, help="Remove what runs that nobody reads hold, too: records and counters.")
 @click.option("--dry-run", is_flag=True, help="Show what is loaded and what would be done, and do nothing.")
 @click.option(
     "--wait",
@@ -50,8 +50,9 @@ def detach(*, everything: bool, pins: bool, dry_run: bool, wait_seconds: float, 
     go of tracepoints and uprobes, so the collector that holds those is ended, in order if it can be: with its node,
     which would start it again.  A process that is no collector of ours is never touched.
 
-    Counters of a run that ended badly stay pinned for the next start, which counts with them what was lost.
-    With --pins they go: for nodes that never come back.
+    A collector that was killed leaves its probes attached for the next one: their pins are removed.  What it had
+    recorded and not told stays pinned, for the next start reads it.  With --pins that goes too: for nodes that never
+    come back.
 
     \b
     Examples:

@@ -1,8 +1,8 @@
-"""`--loaded`: our programs in this kernel, whoever holds them, and the pinned counters of runs.
+"""`--loaded`: our programs in this kernel, whoever holds them, and the pinned runs.
 
 A program is taken for ours by its name: those of the object, and others that begin with `stella_` (of another
 release).  Links of tracepoints, of BTF tracepoints and of uprobes cannot be detached by their id, in no kernel so
-far; they end when the last descriptor of them is closed, that is with the process that holds them.
+far; they end when the last descriptor of them is closed and their pin is removed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import msgspec
 
 from stella_collector.kernel import BPFFS, OBJECT
 from stella_collector.libbpf import Libbpf
-from stella_collector.objects import Object
-from stella_collector.runs import pins_folder
+from stella_collector.objects import LINK_PIN, PROGRAM_PIN, Object
+from stella_collector.runs import LANES_PIN, pins_folder
 from stella_shared.config import Signals
 from stella_shared.errors import StellaError
 
@@ -48,14 +48,17 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """Pinned counters of a run.  `holders` are pids that have them open; none: the run is over.
+    """A pinned run.  `holders` are pids that have its counters open; none: nobody reads it.
 
-    `own` says that the run is of the node with this configuration.
+    `own` says that the run is of the node with this configuration, `attached` that its probes are attached whether
+    or not somebody reads it.  `programs` are the ids of those that are pinned.
     """
 
     path: str
     run: str
     own: bool
+    attached: bool
+    programs: list[int]
     holders: list[int]
 
 
@@ -91,7 +94,10 @@ def look(signals: Signals, *, detach: bool) -> Found:
             )
             for program in ours
         ],
-        [Pin(str(path), path.name, path.parent == own, sorted(maps.get(number, set()))) for path, number in pins],
+        [
+            Pin(str(path), path.name, path.parent == own, attached, held, sorted(maps.get(number, set())))
+            for path, number, attached, held in pins
+        ],
     )
 
 
@@ -128,17 +134,23 @@ def _holders() -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     return programs, maps
 
 
-def _pins(lib: Libbpf) -> Iterator[tuple[Path, int]]:
-    """Yield each pin and the id of its map, 0 when it cannot be opened."""
+def _pins(lib: Libbpf) -> Iterator[tuple[Path, int, bool, list[int]]]:
+    """Yield each pinned run, the id of its counters' map (0 when it cannot be opened), and what else `Pin` says."""
     with contextlib.suppress(OSError):
         for folder in sorted((BPFFS / "stella").iterdir()):
-            for pin in sorted(folder.iterdir()):
-                number = 0
-                with contextlib.suppress(StellaError):
-                    fd = lib.open_pinned(pin)
-                    try:
-                        match = _MAP.search(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
-                        number = int(match[1]) if match else 0
-                    finally:
-                        os.close(fd)
-                yield pin, number
+            for run in sorted(folder.iterdir()):
+                names = sorted(pin.name for pin in run.iterdir()) if run.is_dir() else []
+                counters = _id(lib, run / LANES_PIN if run.is_dir() else run, _MAP)
+                programs = [_id(lib, run / name, _PROGRAM) for name in names if name.startswith(PROGRAM_PIN)]
+                yield run, counters, any(name.startswith(LINK_PIN) for name in names), programs
+
+
+def _id(lib: Libbpf, pin: Path, pattern: re.Pattern[bytes]) -> int:
+    with contextlib.suppress(StellaError):
+        fd = lib.open_pinned(pin)
+        try:
+            match = pattern.search(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
+            return int(match[1]) if match else 0
+        finally:
+            os.close(fd)
+    return 0

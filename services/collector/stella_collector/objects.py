@@ -44,7 +44,7 @@ _UPROBE_HINT: Final = (
     "off"
 )
 #: What a pinned map's, program's and link's name begins with.  A bpf file system takes no dots.
-_MAP_PIN, _PROGRAM_PIN, LINK_PIN = "map-", "program-", "link-"
+MAP_PIN, PROGRAM_PIN, LINK_PIN = "map-", "program-", "link-"
 
 
 class _TestRunOpts(ctypes.Structure):
@@ -283,10 +283,10 @@ class Maps:
     def pin(self, folder: Path) -> None:
         """Pin every map and every loaded program in a folder of a bpf file system."""
         for name in self.map_names():
-            self._lib.pin(self.map_fd(name), folder / (_MAP_PIN + name.replace(".", "+")))
+            self._lib.pin(self.map_fd(name), folder / (MAP_PIN + name.replace(".", "+")))
         for name, program in self.programs.items():
             if program.fd >= 0:
-                self._lib.pin(program.fd, folder / (_PROGRAM_PIN + name))
+                self._lib.pin(program.fd, folder / (PROGRAM_PIN + name))
 
     def update(self, name: str, key: bytes, value: bytes) -> None:
         """Put `value` under `key`."""
@@ -378,9 +378,9 @@ class Pinned(Maps):
             for pin in sorted(folder.iterdir()):
                 kind, _, name = pin.name.partition("-")
                 fd = lib.open_pinned(pin)
-                if f"{kind}-" == _MAP_PIN:
+                if f"{kind}-" == MAP_PIN:
                     self._maps[name.replace("+", ".")] = fd
-                elif f"{kind}-" == _PROGRAM_PIN:
+                elif f"{kind}-" == PROGRAM_PIN:
                     self.programs[name] = Program(lib, name, fd=fd)
                 elif f"{kind}-" == LINK_PIN:
                     self.links[pin.name] = Link(lib, fd, pinned=pin)

@@ -132,6 +132,9 @@ class Runs:
         """Return what former collectors left.  `keeps`: whether our reader can go on in another one's ring."""
         left = Left(None, [], [])
         boot = clock.boot_id()  # the file system does not outlive the kernel
+        for memory in self._state.glob("collector-*.json"):
+            if not self.folder(memory.stem.removeprefix("collector-")).exists():
+                memory.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             for pins in sorted(self._pins.iterdir()):
                 known = self._recall(pins.name) if pins.is_dir() else None
