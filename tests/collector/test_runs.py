@@ -59,6 +59,12 @@ class Collector:
             )
         )
 
+    def configure(self, **keys: object) -> None:
+        """Change keys of the configuration that the next start reads."""
+        content = yaml.safe_load(self.config.read_text())
+        content["signals"].update(keys)
+        self.config.write_text(yaml.safe_dump(content))
+
     def start(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "stella_collector", "--config", str(self.config)])
 
@@ -67,6 +73,33 @@ class Collector:
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(30)
+
+    def die_at(self, step: str, times: int) -> int:
+        """Start one that kills itself at a step (`crash_driver`); return its exit code."""
+        driver = [sys.executable, "-m", "tests.collector.crash_driver", step, str(times)]
+        self.process = subprocess.Popen([*driver, "--config", str(self.config)])
+        return self.process.wait(30)
+
+    async def heeds(self) -> None:
+        """Wait until it heeds SIGTERM."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status")
+        with anyio.fail_after(20):
+            while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+                await anyio.sleep(0.02)
+
+    def forget_that_it_was_attached(self) -> None:
+        """Have what is remembered of the run say that it was killed a moment earlier."""
+        for memory in (self.state / "run").glob("collector-*.json"):
+            memory.write_text(memory.read_text().replace('"attached":true', '"attached":false', 1))
+
+    def close(self) -> None:
+        """End it at once, and remove what it left in the kernel."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pin in self.pins():
+            unpin(pin)
 
     def pins(self) -> list[Path]:
         """Return the pinned runs of this test."""
@@ -77,11 +110,7 @@ class Collector:
 def collector(tmp_path: Path, server: Server, cgroup: Cgroup) -> Iterator[Collector]:
     made = Collector(tmp_path, server.url, cgroup)
     yield made
-    if made.process is not None and made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
-    for pin in made.pins():
-        unpin(pin)
+    made.close()
 
 
 async def batches(bus: Bus, final: int, seconds: float = 30.0) -> list[RawBatch]:

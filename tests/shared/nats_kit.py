@@ -36,6 +36,12 @@ class Server:
         """Start; clients wait for it by themselves."""
         self._process = subprocess.Popen([server_binary(), "-c", str(self._config)], stderr=subprocess.DEVNULL)
 
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """End it at once."""
         if self._process is not None:

@@ -133,7 +133,15 @@ class Collector:
         self.remember()
         self.selected.go_on(remembered.selected)
         self.kernel.binaries.tell_library(self.remember)
+        ring = self.kernel.ring
         self.adopted_batches = await self.draining.resume()
+        log.info(
+            "going on with run %s: %d batches once more, %d bytes (%.1f %% of the ring) not read yet",
+            remembered.run,
+            self.adopted_batches,
+            ring.waiting(),
+            100.0 * ring.waiting() / ring.size,
+        )
         self.look_for_targets()
         # The gap of the probes in files shows: they are not attached from here until they are found.
         self.write_coverage()

@@ -40,8 +40,8 @@ from stella_shared.wire import RAW_VERSION, Closing
 
 JOURNAL_PIN: Final = "journal"
 LANES_PIN: Final = "map-stella_lanes"
-#: A former collector of this node may take as long to let go.
-_CLAIM_SECONDS: Final = 10.0
+#: A former collector of this node that is being killed may take as long to let go.
+_CLAIM_SECONDS: Final = 3.0
 #: Collectors that began with a run and ended before they had stored a batch; then it is left.
 TRIES_MAX: Final = 3
 

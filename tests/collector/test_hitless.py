@@ -1,0 +1,183 @@
+"""A run outlives its collectors: killed at each step, upgraded, restarted, and with a bus that stalls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from stella_shared.bus import Bus
+from tests.collector.crash_driver import GOING_ON, WORKING
+from tests.collector.test_runs import Collector, batches, books, opens, wait_for_run
+from tests.shared.nats_kit import Server, serving
+from tests.system.node import Cgroup, build_generator
+
+pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serving(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def collector(tmp_path: Path, server: Server, cgroup: Cgroup) -> Iterator[Collector]:
+    made = Collector(tmp_path, server.url, cgroup)
+    yield made
+    made.close()
+
+
+class Load:
+    """COUNT opens, RATE a second, below the collector's folder."""
+
+    def __init__(self, collector: Collector, cgroup: Cgroup, folder: Path, count: int, rate: int) -> None:
+        self.count = count
+        self._process = cgroup.run(
+            build_generator(folder), collector.work, str(count), str(rate), "4",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._process.stdout
+        self._process.stdout.readline()
+
+    def go(self) -> None:
+        """Begin."""
+        assert self._process.stdin
+        self._process.stdin.write(b"x")
+        self._process.stdin.flush()
+
+    async def end(self) -> None:
+        """Return once all opens were made."""
+        await anyio.to_thread.run_sync(lambda: self._process.communicate(timeout=60))
+
+
+async def test_killed_at_each_step_it_loses_nothing_and_says_nothing_twice(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """Each life dies at another step, while it works or while it goes on: one run, every open exactly once."""
+    load = Load(collector, cgroup, tmp_path, 60_000, 4_000)
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        load.go()
+        await anyio.sleep(0.3)
+        collector.end(signal.SIGKILL)
+        # A life that goes on needs something in flight: the one before it leaves a batch that is written, not sent.
+        steps = [(step, 12) for step in WORKING]
+        for step in GOING_ON:
+            steps += [("written", 5), (step, 1)]
+        for step, times in steps:
+            assert -signal.SIGKILL == await anyio.to_thread.run_sync(collector.die_at, step, times), step
+        collector.start()
+        await load.end()
+        await collector.heeds()
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    assert [] == collector.pins()
+    assert 1 == len({batch.run for batch in found})
+    _, recorded, lost = books(found)
+    assert {} == dict(lost)
+    assert load.count == recorded == len(opens(found, collector.work))
+
+
+async def test_a_collector_that_dies_before_all_is_attached_leaves_no_run_behind(
+    collector: Collector, server: Server
+) -> None:
+    """What it had pinned is removed by the next one, which begins a run of its own."""
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        assert -signal.SIGKILL == await anyio.to_thread.run_sync(collector.die_at, "attached", 1)
+        (first,) = collector.pins()
+        assert [] != [pin for pin in first.iterdir() if pin.name.startswith("link-")]
+        collector.forget_that_it_was_attached()
+        collector.start()
+        await wait_for_run(collector)
+        assert not first.exists()
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    assert first.name not in {batch.run for batch in found}
+    assert [] == collector.pins()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGUSR1])
+async def test_a_collector_that_would_load_something_else_reads_the_former_run_to_its_end(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path, end: int
+) -> None:
+    """Another ring size stands for an upgrade: both runs are whole, and together they miss no open."""
+    load = Load(collector, cgroup, tmp_path, 80_000, 20_000)
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        load.go()
+        await anyio.sleep(0.5)
+        assert (0 if end == signal.SIGUSR1 else -end) == collector.end(end)
+        (former,) = collector.pins()
+        collector.configure(ring_buffer_size=32 << 20)
+        collector.start()
+        await wait_for_run(collector, but_not=former.name)
+        await load.end()
+        with anyio.fail_after(10):
+            while former.exists():
+                await anyio.sleep(0.05)
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=2)
+    assert [] == collector.pins()
+    runs = [[b for b in found if (b.run == former.name) == is_former] for is_former in (True, False)]
+    assert all({} == dict(books(sorted(run, key=lambda b: b.number))[2]) for run in runs)
+    assert all(run[-1].final for run in runs)
+    told = [batch for batch in found if batch.number == 0]
+    assert [] == [closing for batch in told for closing in batch.closings], "nothing is left to be closed"
+    seen = [opens(run, collector.work) for run in runs]
+    # While both are attached an open is recorded by both.
+    assert load.count <= len(seen[0]) + len(seen[1])
+    assert seen[0] and seen[1]
+
+
+async def test_what_only_a_killed_process_had_is_numbered_as_lost(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """With a bus that stalls, batches give way to new records; a kill then costs exactly their numbers: `restart`."""
+    collector.configure(ring_buffer_size=1 << 20)
+    load = Load(collector, cgroup, tmp_path, 30_000, 10_000)
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        load.go()
+        await anyio.sleep(0.3)
+        os.kill(server.pid, signal.SIGSTOP)
+        await anyio.sleep(1.5)
+        collector.end(signal.SIGKILL)
+        os.kill(server.pid, signal.SIGCONT)
+        collector.start()
+        await load.end()
+        await collector.heeds()
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    assert 1 == len({batch.run for batch in found})
+    settled, recorded, lost = books(found)
+    assert lost["restart"] > 0
+    assert {"restart", "ring_full"} >= set(lost)
+    assert sum(settled.values()) == recorded + lost.total()
+    assert load.count == len(opens(found, collector.work)) + lost.total()
+
+
+async def test_two_collectors_of_one_node_are_one_too_many(collector: Collector, server: Server) -> None:
+    """The second one waits for the first to end, and says why it does not begin."""
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        second = [sys.executable, "-m", "stella_collector", "--config", str(collector.config)]
+        done = await anyio.run_process(second, check=False)
+        assert 10 == done.returncode
+        assert b"another collector works on" in done.stderr
+        assert 0 == collector.end(signal.SIGTERM)
