@@ -33,6 +33,8 @@ REKOR_PENDING: Final = "stellaops_signals_rekor_pending"
 BATCHES_TOTAL: Final = "stellaops_signals_batches_total"
 LINES_TOTAL: Final = "stellaops_signals_lines_total"
 SPOOL_BYTES: Final = "stellaops_signals_spool_bytes"
+RUN_ADOPTED: Final = "stellaops_signals_run_adopted"
+LET_GO_TOTAL: Final = "stellaops_signals_batches_let_go_total"
 PUBLISH_RETRIES_TOTAL: Final = "stellaops_signals_publish_retries_total"
 CONTAINERS_UNKNOWN_TOTAL: Final = "stellaops_signals_containers_unknown_total"
 NAMES_MISSING_TOTAL: Final = "stellaops_signals_names_missing_total"
@@ -191,6 +193,20 @@ _METRICS: Final = (
         "gauge",
         "bytes",
         "Batches held in the collector's memory until the bus takes them.",
+        ("collector",),
+    ),
+    Metric(
+        RUN_ADOPTED,
+        "gauge",
+        "1 or 0",
+        "Whether the collector goes on with the run of one that was killed or restarted.",
+        ("collector",),
+    ),
+    Metric(
+        LET_GO_TOTAL,
+        "counter",
+        "batches",
+        "Batches whose records gave way in the ring before the bus had them: a kill at that moment loses them.",
         ("collector",),
     ),
     Metric(

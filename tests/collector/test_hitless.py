@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import anyio
 import pytest
 
+from stella_shared import kernel_records, raw_batches
 from stella_shared.bus import Bus
 from tests.collector.crash_driver import GOING_ON, WORKING
+from tests.collector.functions_kit import CALLER, compiled
 from tests.collector.test_runs import Collector, batches, books, opens, wait_for_run
 from tests.shared.nats_kit import Server, serving
 from tests.system.node import Cgroup, build_generator
@@ -96,7 +99,7 @@ async def test_a_collector_that_dies_before_all_is_attached_leaves_no_run_behind
         assert -signal.SIGKILL == await anyio.to_thread.run_sync(collector.die_at, "attached", 1)
         (first,) = collector.pins()
         assert [] != [pin for pin in first.iterdir() if pin.name.startswith("link-")]
-        collector.forget_that_it_was_attached()
+        collector.forget(attached=False)
         collector.start()
         await wait_for_run(collector)
         assert not first.exists()
@@ -168,6 +171,49 @@ async def test_what_only_a_killed_process_had_is_numbered_as_lost(
     assert {"restart", "ring_full"} >= set(lost)
     assert sum(settled.values()) == recorded + lost.total()
     assert load.count == len(opens(found, collector.work)) + lost.total()
+
+
+async def test_calls_of_watched_functions_are_exact_on_both_sides_of_a_restart(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """Counters live on in the kernel; probes in files end with their collector, and the coverage shows the gap."""
+    program = compiled(tmp_path, "caller", CALLER, "-lpthread")
+    watched = {"binary": str(program), "functions": ["first"], "mode": "count"}
+    collector.configure(probes={"functions": [watched]})
+    caller = cgroup.run(program, "1000", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert caller.stdin and caller.stdout
+
+    def call() -> None:
+        assert caller.stdin and caller.stdout
+        caller.stdin.write(b"x\n")
+        caller.stdin.flush()
+        assert b"done\n" == caller.stdout.readline()
+
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await collector.covers('"functions":1')
+        call()
+        collector.end(signal.SIGKILL)
+        call()  # nobody sees these
+        collector.forget(coverage="")
+        collector.start()
+        await collector.covers('"functions":1')
+        call()
+        call()
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    caller.communicate(timeout=10)
+    assert 1 == len({batch.run for batch in found})
+    assert {} == dict(books(found)[2])
+    records = [r for b in found for r in raw_batches.records(b.records) if r.type == kernel_records.FUNCTION_CALL]
+    libraries = found[-1].libraries
+    calls = [kernel_records.decode_event(r.type, r.call, r.body, libraries) for r in records]
+    assert [1000, 2000] == [sum(c.count for c in calls[:1]), sum(c.count for c in calls[1:])]
+    assert {str(program)} == {c.binary for c in calls}
+    said = ['"functions":1' in batch.coverage.decode() for batch in found if batch.coverage]
+    changes = [said[0], *(after for before, after in itertools.pairwise(said) if before != after)]
+    assert [True, False, True] == changes[-3:]
 
 
 async def test_two_collectors_of_one_node_are_one_too_many(collector: Collector, server: Server) -> None:

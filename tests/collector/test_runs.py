@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,15 @@ class Collector:
         self.process = subprocess.Popen([*driver, "--config", str(self.config)])
         return self.process.wait(30)
 
+    async def covers(self, text: str) -> None:
+        """Wait until its coverage says so."""
+        with anyio.fail_after(20):
+            while not any(
+                text in json.loads(memory.read_text())["coverage"]
+                for memory in (self.state / "run").glob("collector-*.json")
+            ):
+                await anyio.sleep(0.002)
+
     async def heeds(self) -> None:
         """Wait until it heeds SIGTERM."""
         assert self.process is not None
@@ -88,10 +98,10 @@ class Collector:
             while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
                 await anyio.sleep(0.02)
 
-    def forget_that_it_was_attached(self) -> None:
-        """Have what is remembered of the run say that it was killed a moment earlier."""
+    def forget(self, **keys: object) -> None:
+        """Have what is remembered of the runs say something else."""
         for memory in (self.state / "run").glob("collector-*.json"):
-            memory.write_text(memory.read_text().replace('"attached":true', '"attached":false', 1))
+            memory.write_text(json.dumps({**json.loads(memory.read_text()), **keys}))
 
     def close(self) -> None:
         """End it at once, and remove what it left in the kernel."""

@@ -142,7 +142,10 @@ class Collector:
             ring.waiting(),
             100.0 * ring.waiting() / ring.size,
         )
+        if self.draining.first_is_stored:
+            self.runs.started(closings)  # they were told, and their collector died before it could forget them
         self.look_for_targets()
+        self.uring = self.kernel.uring()
         # The gap of the probes in files shows: they are not attached from here until they are found.
         self.write_coverage()
 
@@ -217,6 +220,9 @@ class Collector:
                 pause = min(STEADY_SECONDS, max(FASTEST_SECONDS, ring_seconds))
             else:
                 pause = min(IDLE_SECONDS, pause * 1.5)
+            if stop.is_set():  # all that remains is to wait for what attaches
+                await anyio.sleep(pause)
+                continue
             with anyio.move_on_after(pause) as rest:
                 await self._wake.wait()
             if not rest.cancelled_caught and not stop.is_set():

@@ -63,6 +63,8 @@ class Draining:
         self.number = 0
         #: Whether the final batch is on its way.
         self.ended = False
+        #: Whether another collector has seen batch 0 stored.
+        self.first_is_stored = False
         self.records = 0
         self.lost: dict[str, int] = {}
         self.filtered: dict[str, int] = {}
@@ -101,6 +103,7 @@ class Draining:
         self.accountant.restore(found.accountant)
         self.number = found.number
         self.ended = any(written.final for _, written in found.batches)
+        self.first_is_stored = found.number > 0 and all(number for number, _ in found.batches)
         for number, written in found.batches:
             await self._publish_again(ring, number, written)
         ring.resume(found.position, found.seen)

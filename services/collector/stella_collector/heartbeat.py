@@ -55,6 +55,8 @@ def beat_of(collector: Collector) -> Beat:
             "stellaops_signals_ringbuf_bytes": float(kernel.ring.size),
             "stellaops_signals_batches_total": float(draining.number),
             "stellaops_signals_spool_bytes": float(spool.bytes),
+            metrics.RUN_ADOPTED: float(collector.adopted),
+            metrics.LET_GO_TOTAL: float(draining.let_go),
             "stellaops_signals_publish_retries_total": float(spool.retries),
             **dropped,
             **filtered,

@@ -43,7 +43,7 @@ LANES_PIN: Final = "map-stella_lanes"
 #: A former collector of this node that is being killed may take as long to let go.
 _CLAIM_SECONDS: Final = 3.0
 #: Collectors that began with a run and ended before they had stored a batch; then it is left.
-TRIES_MAX: Final = 3
+TRIES_MAX: Final = 10
 
 
 def pins_folder(signals: Signals) -> Path:
