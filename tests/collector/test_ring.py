@@ -108,6 +108,32 @@ def test_a_busy_record_holds_back_what_follows(ring: FakeRing) -> None:
     assert [1, 2] == [r.seq for r in records(ring.reader.drain(1 << 16).records)]
 
 
+def test_what_is_kept_can_be_read_again_by_another_reader(ring: FakeRing) -> None:
+    """Room is given back when it is released, not when it is read; lanes go on where the first reader left them."""
+    ring.reader.keep()
+    ends = [0]
+    batches = []
+    for numbers in ((0, 1), (3, 4), (5,)):
+        for seq in numbers:
+            ring.put(record(seq))
+        batches.append(ring.reader.drain(1 << 16).records)
+        ends.append(ring.reader.position)
+    assert (0, ends[-1], 0) == (ring.consumed, ring.reader.used(), ring.reader.waiting())
+    ring.reader.release(ends[1])
+    assert ends[1] == ring.consumed == ring.reader.released
+    seen = ring.reader.seen()
+    ring.put(record(6))
+    other = CRing(ring.fd, SIZE, LANES)
+    other.keep()
+    assert [3, 4] == [r.seq for r in records(other.again(ends[1], ends[2]).records)]
+    assert list(records(batches[2])) == list(records(other.again(ends[2], ends[3]).records))
+    other.resume(ends[3], seen)
+    assert [6] == [r.seq for r in records(other.drain(1 << 16).records)]
+    assert (7, 6, 1, 0) == struct.unpack_from("<4Q", other.seen())
+    assert ends[1] == ring.consumed
+    other.close()
+
+
 def test_discarded_records_leave_no_trace(ring: FakeRing) -> None:
     """A discarded record is passed over, whatever stands in it; it counts in no lane."""
     ring.put(b"\xff" * 100, flags=DISCARD)
