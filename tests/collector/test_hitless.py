@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
-from stella_shared import kernel_records, raw_batches
+from stella_shared import kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
+from stella_shared.evidence.verify import verify_chain
 from tests.collector.crash_driver import GOING_ON, WORKING
 from tests.collector.functions_kit import CALLER, compiled
 from tests.collector.test_runs import Collector, batches, books, opens, wait_for_run
@@ -60,34 +63,93 @@ class Load:
         await anyio.to_thread.run_sync(lambda: self._process.communicate(timeout=60))
 
 
+class Chain:
+    """An enricher and a signer behind the collector, and what they have signed."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._config = collector.config
+        self._evidence = collector.config.parent / "evidence"
+        self._state = collector.state
+        stella = [sys.executable, "-m", "stella_cli", "signals", "init", "--config", str(self._config)]
+        subprocess.run(stella, check=True, capture_output=True)
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", f"stella_{part}", "--config", str(self._config), "--instance", part]
+            )
+            for part in ("enricher", "signer")
+        ]
+
+    async def close(self, bus: Bus) -> None:
+        """End both once they have worked off everything; the last chunk is signed then."""
+        with anyio.fail_after(60):
+            while await self._left(bus):
+                await anyio.sleep(0.1)
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+            assert 0 == await anyio.to_thread.run_sync(process.wait, 30)
+
+    async def _left(self, bus: Bus) -> int:
+        raw = await bus._js.stream_info(subjects.RAW_STREAM)
+        signers = await bus._js.consumers_info(subjects.ENRICHED_STREAM)
+        return raw.state.messages + sum((c.num_pending or 0) + (c.num_ack_pending or 0) for c in signers)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of the verified chain, which has lost nothing."""
+        keys = json.loads((self._state / "keys" / "trusted.json").read_text())["keys"]
+        trusted = {row["key_id"] for row in keys}
+        report = verify_chain(self._evidence, trusted_keys=trusted, head=self._state / "head.json", progress=None)
+        assert report.valid, report
+        ledgers = [json.loads(path.read_text()) for path in sorted(self._evidence.glob("*.ledger.json"))]
+        assert [] == [ledger["lost"] for ledger in ledgers if ledger["lost"]]
+        runs = [row for ledger in ledgers for row in ledger["runs"]]
+        assert 1 == len({row["run"] for row in runs})
+        assert runs[-1]["final"] and not any(row["unclean"] or row["missing"] for row in runs)
+        return [
+            json.loads(line)
+            for path in sorted(self._evidence.glob("*.ndjson"))
+            for line in path.read_text().splitlines()
+        ]
+
+    def kill(self) -> None:
+        """End both at once, if they still run."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
 async def test_killed_at_each_step_it_loses_nothing_and_says_nothing_twice(
     collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
 ) -> None:
-    """Each life dies at another step, while it works or while it goes on: one run, every open exactly once."""
+    """Each life dies at another step, while it works or while it goes on: the signed chain has every open once."""
     load = Load(collector, cgroup, tmp_path, 60_000, 4_000)
     async with Bus.connect(server.url, name="test") as bus:
         await bus.ensure_streams()
-        collector.start()
-        await wait_for_run(collector)
-        load.go()
-        await anyio.sleep(0.3)
-        collector.end(signal.SIGKILL)
-        # A life that goes on needs something in flight: the one before it leaves a batch that is written, not sent.
-        steps = [(step, 12) for step in WORKING]
-        for step in GOING_ON:
-            steps += [("written", 5), (step, 1)]
-        for step, times in steps:
-            assert -signal.SIGKILL == await anyio.to_thread.run_sync(collector.die_at, step, times), step
-        collector.start()
-        await load.end()
-        await collector.heeds()
-        assert 0 == collector.end(signal.SIGTERM)
-        found = await batches(bus, final=1)
+        chain = Chain(collector)
+        try:
+            collector.start()
+            await wait_for_run(collector)
+            load.go()
+            await anyio.sleep(0.3)
+            collector.end(signal.SIGKILL)
+            # A life that goes on needs something in flight: the one before it leaves a batch that is written, not sent.
+            steps = [(step, 12) for step in WORKING]
+            for step in GOING_ON:
+                steps += [("written", 5), (step, 1)]
+            for step, times in steps:
+                assert -signal.SIGKILL == await anyio.to_thread.run_sync(collector.die_at, step, times), step
+            collector.start()
+            await load.end()
+            await collector.heeds()
+            assert 0 == collector.end(signal.SIGTERM)
+            await chain.close(bus)
+        finally:
+            chain.kill()
     assert [] == collector.pins()
-    assert 1 == len({batch.run for batch in found})
-    _, recorded, lost = books(found)
-    assert {} == dict(lost)
-    assert load.count == recorded == len(opens(found, collector.work))
+    lines = chain.lines()
+    assert len(lines) == len({(line["lane"], line["seq"]) for line in lines})
+    paths = [str(line["event"].get("path", "")) for line in lines]
+    assert load.count == sum(path.startswith(f"{collector.work}/") for path in paths) == len(lines)
 
 
 async def test_a_collector_that_dies_before_all_is_attached_leaves_no_run_behind(
@@ -109,9 +171,8 @@ async def test_a_collector_that_dies_before_all_is_attached_leaves_no_run_behind
     assert [] == collector.pins()
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGUSR1])
 async def test_a_collector_that_would_load_something_else_reads_the_former_run_to_its_end(
-    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path, end: int
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
 ) -> None:
     """Another ring size stands for an upgrade: both runs are whole, and together they miss no open."""
     load = Load(collector, cgroup, tmp_path, 80_000, 20_000)
@@ -121,7 +182,7 @@ async def test_a_collector_that_would_load_something_else_reads_the_former_run_t
         await wait_for_run(collector)
         load.go()
         await anyio.sleep(0.5)
-        assert (0 if end == signal.SIGUSR1 else -end) == collector.end(end)
+        collector.end(signal.SIGKILL)
         (former,) = collector.pins()
         collector.configure(ring_buffer_size=32 << 20)
         collector.start()
@@ -194,7 +255,7 @@ async def test_calls_of_watched_functions_are_exact_on_both_sides_of_a_restart(
         collector.start()
         await collector.covers('"functions":1')
         call()
-        collector.end(signal.SIGKILL)
+        assert 0 == collector.end(signal.SIGUSR1), "it ends in order, and leaves the run"
         call()  # nobody sees these
         collector.forget(coverage="")
         collector.start()
@@ -214,6 +275,23 @@ async def test_calls_of_watched_functions_are_exact_on_both_sides_of_a_restart(
     said = ['"functions":1' in batch.coverage.decode() for batch in found if batch.coverage]
     changes = [said[0], *(after for before, after in itertools.pairwise(said) if before != after)]
     assert [True, False, True] == changes[-3:]
+
+
+async def test_probes_of_another_node_that_nobody_reads_are_told_of(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """A node that was killed and never comes back is named by the next collector on the machine, one alive is not."""
+    other = Collector(tmp_path / "other", server.url, cgroup)
+    try:
+        async with Bus.connect(server.url, name="test") as bus:
+            await bus.ensure_streams()
+            collector.start()
+            await wait_for_run(collector)
+            assert str(collector.folder) not in await other.says_at_its_start()
+            collector.end(signal.SIGKILL)
+            assert str(collector.folder) in await other.says_at_its_start()
+    finally:
+        other.close()
 
 
 async def test_two_collectors_of_one_node_are_one_too_many(collector: Collector, server: Server) -> None:

@@ -10,14 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import anyio
 import pytest
 import yaml
 
-from stella_collector.kernel import BPFFS
-from stella_collector.runs import unpin
-from stella_shared import kernel_records, raw_batches, subjects
+from stella_collector.runs import pins_folder, unpin
+from stella_shared import config, kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
 from stella_shared.wire import RawBatch, decode_raw, ledger_faults
 from tests.shared.nats_kit import Server, serving
@@ -38,7 +38,7 @@ class Collector:
 
     def __init__(self, folder: Path, url: str, cgroup: Cgroup) -> None:
         self.work = folder / "work"
-        self.work.mkdir()
+        self.work.mkdir(parents=True)
         self.state = folder / "state"
         self.config = folder / "stellaops.yaml"
         self.process: subprocess.Popen[bytes] | None = None
@@ -60,14 +60,19 @@ class Collector:
             )
         )
 
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [sys.executable, "-m", "stella_collector", "--config", str(self.config)]
+
     def configure(self, **keys: object) -> None:
         """Change keys of the configuration that the next start reads."""
         content = yaml.safe_load(self.config.read_text())
         content["signals"].update(keys)
         self.config.write_text(yaml.safe_dump(content))
 
-    def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "stella_collector", "--config", str(self.config)])
+    def start(self, log: IO[bytes] | None = None) -> None:
+        self.process = subprocess.Popen(self.command, stderr=log)
 
     def end(self, number: int) -> int:
         """Signal it and return its exit code."""
@@ -111,9 +116,23 @@ class Collector:
         for pin in self.pins():
             unpin(pin)
 
+    async def says_at_its_start(self) -> str:
+        """Start it, wait until it has begun, end it in order, and return its log."""
+        with (self.work.parent / "log").open("w+b") as log:
+            self.start(log)
+            await wait_for_run(self)
+            assert 0 == await anyio.to_thread.run_sync(self.end, signal.SIGTERM)
+            log.seek(0)
+            return log.read().decode()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its pins."""
+        return pins_folder(config.load(self.config, {}))
+
     def pins(self) -> list[Path]:
         """Return the pinned runs of this test."""
-        return [pin for folder in (BPFFS / "stella").glob(f"{NODE}-*") for pin in folder.iterdir()]
+        return list(self.folder.iterdir()) if self.folder.exists() else []
 
 
 @pytest.fixture

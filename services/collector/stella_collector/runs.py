@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import secrets
@@ -37,6 +38,8 @@ from stella_shared.config import Signals, node_name, state_directory
 from stella_shared.errors import StellaError, TryAgain
 from stella_shared.subjects import node_token
 from stella_shared.wire import RAW_VERSION, Closing
+
+log = logging.getLogger(__name__)
 
 JOURNAL_PIN: Final = "journal"
 LANES_PIN: Final = "map-stella_lanes"
@@ -107,7 +110,8 @@ class Runs:
         self._file = self._state / "collector.json"
         self._pins = pins_folder(signals)
         self._lock = threading.Lock()
-        self._claim = -1
+        #: Descriptors whose locks are held as long as this process lives.
+        self._claims: list[int] = []
         self.current = secrets.token_hex(8)
         self.pinned = False
         self.pin_reason = ""
@@ -115,16 +119,39 @@ class Runs:
     async def claim(self) -> None:
         """Be the only collector of this node until the process ends.  Raises `TryAgain` while there is another."""
         self._state.mkdir(parents=True, exist_ok=True)
-        self._claim = os.open(self._state / "collector.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(self._state / "collector.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._claims.append(lock)
         with anyio.move_on_after(_CLAIM_SECONDS):
             while True:
                 with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._warn_of_strangers()
                     return
                 await anyio.sleep(0.05)
         raise TryAgain(
             f"another collector works on {self._state.parent}", hint="a node has one: `stella signals stop` ends it"
         )
+
+    def _hold_pins(self) -> None:
+        """Show other nodes' collectors that these pins are read, by a lock on their folder."""
+        held = _lock(self._pins)
+        if held is not None:
+            self._claims.append(held)
+
+    def _warn_of_strangers(self) -> None:
+        """Say which runs of other nodes are attached though no collector reads them."""
+        with contextlib.suppress(OSError):
+            for folder in sorted(self._pins.parent.iterdir()):
+                if folder == self._pins or not any(folder.glob(f"*/{LINK_PIN}*")):
+                    continue
+                held = _lock(folder)
+                if held is not None:
+                    os.close(held)
+                    log.warning(
+                        "the probes of another node are attached, and nobody reads them: %s. If it never comes back: "
+                        "stella signals detach --all",
+                        folder,
+                    )
 
     # ---- what is there
 
@@ -170,6 +197,7 @@ class Runs:
     def take(self, run: str) -> None:
         """Go on with `run`."""
         self.current, self.pinned = run, True
+        self._hold_pins()
 
     def folder(self, run: str) -> Path:
         """Return the folder of a run's pins."""
@@ -186,6 +214,7 @@ class Runs:
         folder = self.folder(self.current)
         try:
             folder.mkdir(parents=True, mode=0o700)
+            self._hold_pins()
             if not kernel.ring.can_keep:
                 kernel.pin_counters(folder / LANES_PIN)
                 self.pinned = True
@@ -251,6 +280,17 @@ def unpin(pins: Path) -> None:
         for pin in sorted(pins.iterdir(), key=lambda pin: (pin.name.startswith(LINK_PIN), pin.name), reverse=True):
             pin.unlink()
         pins.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a descriptor that holds the lock of a folder, None when somebody else has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _can_be_read(known: Remembered, pins: Path, boot: str, lanes: int) -> bool:
