@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+from stella_collector.runs import unpin
 from stella_shared import config
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
@@ -217,12 +218,12 @@ def brought_up(engine: Engine, *, layout: Layout = "host", cgroup: str = "host")
         finally:
             engine.remove()
             for pin in pins():
-                pin.unlink()
+                unpin(pin)
                 pin.parent.rmdir()
 
 
 def pins() -> list[Path]:
-    """Return the counters that a collector of ours has pinned."""
+    """Return the runs that a collector of ours has pinned."""
     return list(Path("/sys/fs/bpf/stella").glob(f"{WATCHED}-*/*"))
 
 

@@ -197,6 +197,17 @@ def test_each_part_works_in_its_sandbox_and_the_whole_node_goes_on_with_the_chai
     machine.sh("systemd-run --quiet --unit watched sh -c 'while :; do : </etc/hostname; sleep 0.2; done'")
     time.sleep(2)
 
+    # An upgrade without a gap, as the runbook has it; then a kill.
+    machine.sh(
+        "systemctl kill --kill-whom=main --signal=USR1 stellaops-collector; "
+        "while systemctl --quiet is-active stellaops-collector; do sleep 0.1; done; systemctl start stellaops-collector"
+    )
+    machine.sh("systemctl kill --kill-whom=main --signal=KILL stellaops-collector")
+    deadline = time.monotonic() + 20
+    while 2 != machine.journal().count("going on with run"):
+        assert time.monotonic() < deadline, machine.journal()
+        time.sleep(0.2)
+
     drop_in = "/run/systemd/system/stellaops-enricher@1.service.d"
     machine.sh(f"mkdir {drop_in}; printf '[Service]\\nWatchdogSec=1\\n' >{drop_in}/test.conf; systemctl daemon-reload")
     machine.sh("systemctl restart stellaops-enricher@1; kill -STOP $(systemctl show -P MainPID stellaops-enricher@1)")
