@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,6 +116,8 @@ class Collector:
             self.process.wait()
         for pin in self.pins():
             unpin(pin)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     async def says_at_its_start(self) -> str:
         """Start it, wait until it has begun, end it in order, and return its log."""
