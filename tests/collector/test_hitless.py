@@ -205,6 +205,44 @@ async def test_a_collector_that_would_load_something_else_reads_the_former_run_t
     assert seen[0] and seen[1]
 
 
+async def test_a_run_that_cannot_be_read_is_closed_from_its_counters(
+    collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
+) -> None:
+    """Records of another layout: the successor tells how many numbers there were, no more, no less."""
+    load = Load(collector, cgroup, tmp_path, 40_000, 20_000)
+    async with Bus.connect(server.url, name="test") as bus:
+        await bus.ensure_streams()
+        collector.start()
+        await wait_for_run(collector)
+        load.go()
+        await anyio.sleep(0.5)
+        collector.end(signal.SIGKILL)
+        (former,) = collector.pins()
+        collector.forget(layout="of another release")
+        collector.start()
+        await wait_for_run(collector, but_not=former.name)
+        assert not former.exists(), "its books are closed"
+        await load.end()
+        assert 0 == collector.end(signal.SIGTERM)
+        found = await batches(bus, final=1)
+    assert [] == collector.pins()
+    first = [batch for batch in found if batch.run == former.name]
+    second = [batch for batch in found if batch.run != former.name]
+    settled, recorded, lost = books(first)
+    assert {} == dict(lost)
+    (closing,) = second[0].closings
+    assert (former.name, "") == (closing.run, closing.reason)
+    assert all(closing.taken[lane] >= n for lane, n in settled.items())
+    missing = sum(closing.taken.values()) - sum(settled.values())
+    assert 0 < missing < load.count, "what was taken after its last batch died with it"
+    settled_second, recorded_second, lost_second = books(second)
+    assert second[-1].final
+    assert not any(batch.closings for batch in second[1:])
+    numbers = sum(closing.taken.values()) + sum(settled_second.values())
+    assert numbers == recorded + missing + recorded_second + lost_second.total()
+    assert numbers <= load.count
+
+
 async def test_what_only_a_killed_process_had_is_numbered_as_lost(
     collector: Collector, server: Server, cgroup: Cgroup, tmp_path: Path
 ) -> None:
