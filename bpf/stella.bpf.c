@@ -93,15 +93,7 @@ struct inflight {
 	__u64 start_ns;
 	__u64 program;
 	__u64 cgroup_id; /* whose name is known to be in stella_cgroups */
-	__u64 pointer; /* path, sockaddr */
-	__u64 flags;
-	__u64 resolve;
-	__u32 mode;
-	__s32 fd;
-	__u32 length;
-	__u16 open_call; /* enum stella_call + 1; 0: nothing open */
-	__u16 net_call;
-	__u16 u_net_call;
+	__u16 u_net_call; /* enum stella_call + 1; 0: nothing open */
 	__u16 frames; /* of the uprobe's call, or of the exec that is under way */
 	__s32 u_fd;
 	__u32 u_length;
@@ -561,22 +553,18 @@ static __always_inline struct stella_lane *take_number(struct stella_header *h, 
 
 /* ---- open, openat, openat2 ---------------------------------------------------------------------------- */
 
-static __always_inline int open_entry(__u16 call, __s32 dfd, unsigned long path, __u64 flags, __u32 mode,
-				      __u64 resolve)
+/* What a call was given, as it still stands in its registers when it ends: nothing is remembered meanwhile. */
+static __always_inline struct pt_regs *call_registers(void)
 {
-	if (!watched(STELLA_LANE_SYSCALL))
-		return 0;
-	struct inflight *f = remember(STELLA_LANE_SYSCALL);
-	if (!f)
-		return 0;
-	f->open_call = call + 1;
-	f->pointer = path;
-	f->flags = flags;
-	f->mode = mode;
-	f->fd = dfd;
-	f->resolve = resolve;
-	return 0;
+	return (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
 }
+
+struct open_call {
+	unsigned long path;
+	__u64 flags, resolve;
+	__u32 mode;
+	__s32 dfd;
+};
 
 static __always_inline struct file *file_of(__s32 fd)
 {
@@ -637,18 +625,14 @@ static __always_inline __u32 stack_at(void *ctx, void *at)
 	return n > 0 ? (__u32)n / sizeof(struct stella_frame) : 0;
 }
 
-static __always_inline int open_exit(void *ctx, __u16 call, long result)
+static __always_inline int open_exit(void *ctx, __u16 call, const struct open_call *given, long result)
 {
-	struct inflight *f = recall();
-	if (!f || f->open_call != call + 1)
-		return 0;
-	f->open_call = 0;
 	__u32 zero = 0;
 	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &zero);
 	if (!s)
 		return 0;
 	struct open_record *r = &s->open;
-	long n = bpf_probe_read_user_str(r->path, STELLA_PATH_MAX, (void *)f->pointer);
+	long n = bpf_probe_read_user_str(r->path, STELLA_PATH_MAX, (void *)given->path);
 	r->b.path_status = STELLA_OK;
 	if (n <= 0) {
 		r->b.path_status = STELLA_FAULT;
@@ -667,14 +651,14 @@ static __always_inline int open_exit(void *ctx, __u16 call, long result)
 	struct stella_lane *lane = take_number(&r->h, STELLA_LANE_SYSCALL);
 	if (!lane)
 		return 0;
-	fill_current(&r->h, f);
+	fill_current(&r->h, own_storage());
 	r->h.type = STELLA_FILE_OPEN;
 	r->h.call = call;
 	r->b.result = result;
-	r->b.flags = f->flags;
-	r->b.mode = f->mode;
-	r->b.dfd = f->fd;
-	r->b.resolve = f->resolve;
+	r->b.flags = given->flags;
+	r->b.mode = given->mode;
+	r->b.dfd = given->dfd;
+	r->b.resolve = given->resolve;
 	r->b.inode = 0;
 	r->b.device = 0;
 	r->b.walked = STELLA_WALKED_NOTHING;
@@ -685,7 +669,7 @@ static __always_inline int open_exit(void *ctx, __u16 call, long result)
 	__u32 end = length;
 	bool absolute = r->b.path_status != STELLA_FAULT && r->path[0] == '/';
 	if (!absolute || (config.kernel_paths && result >= 0))
-		end += add_walked(r, f->fd, result, length);
+		end += add_walked(r, given->dfd, result, length);
 	if (end > STELLA_PATH_MAX + STELLA_WALK_MAX)
 		end = STELLA_PATH_MAX + STELLA_WALK_MAX;
 	__u64 size = sizeof(r->h) + sizeof(r->b) + end;
@@ -700,43 +684,53 @@ static __always_inline int open_exit(void *ctx, __u16 call, long result)
 	return 0;
 }
 
-SEC("tracepoint/syscalls/sys_enter_open")
-int stella_open_en(struct trace_event_raw_sys_enter *ctx)
-{
-	return open_entry(STELLA_CALL_OPEN, -100, ctx->args[0], ctx->args[1], ctx->args[2], 0);
-}
-
 SEC("tracepoint/syscalls/sys_exit_open")
 int stella_open_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(ctx, STELLA_CALL_OPEN, ctx->ret);
-}
-
-SEC("tracepoint/syscalls/sys_enter_openat")
-int stella_opena_en(struct trace_event_raw_sys_enter *ctx)
-{
-	return open_entry(STELLA_CALL_OPENAT, ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3], 0);
+	if (!watched(STELLA_LANE_SYSCALL))
+		return 0;
+	struct pt_regs *regs = call_registers();
+	struct open_call given = {
+		.dfd = -100,
+		.path = PT_REGS_PARM1_CORE_SYSCALL(regs),
+		.flags = PT_REGS_PARM2_CORE_SYSCALL(regs),
+		.mode = PT_REGS_PARM3_CORE_SYSCALL(regs),
+	};
+	return open_exit(ctx, STELLA_CALL_OPEN, &given, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat")
 int stella_opena_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(ctx, STELLA_CALL_OPENAT, ctx->ret);
-}
-
-SEC("tracepoint/syscalls/sys_enter_openat2")
-int stella_open2_en(struct trace_event_raw_sys_enter *ctx)
-{
-	/* open_how lies on the caller's stack, which is resident when it calls; if not, the zeros say so. */
-	struct open_how how = {};
-	bpf_probe_read_user(&how, sizeof(how), (void *)ctx->args[2]);
-	return open_entry(STELLA_CALL_OPENAT2, ctx->args[0], ctx->args[1], how.flags, how.mode, how.resolve);
+	if (!watched(STELLA_LANE_SYSCALL))
+		return 0;
+	struct pt_regs *regs = call_registers();
+	struct open_call given = {
+		.dfd = PT_REGS_PARM1_CORE_SYSCALL(regs),
+		.path = PT_REGS_PARM2_CORE_SYSCALL(regs),
+		.flags = PT_REGS_PARM3_CORE_SYSCALL(regs),
+		.mode = PT_REGS_PARM4_CORE_SYSCALL(regs),
+	};
+	return open_exit(ctx, STELLA_CALL_OPENAT, &given, ctx->ret);
 }
 
 SEC("tracepoint/syscalls/sys_exit_openat2")
 int stella_open2_ex(struct trace_event_raw_sys_exit *ctx)
 {
-	return open_exit(ctx, STELLA_CALL_OPENAT2, ctx->ret);
+	if (!watched(STELLA_LANE_SYSCALL))
+		return 0;
+	struct pt_regs *regs = call_registers();
+	/* The kernel has read open_how, so it is there; if it is not any more, the zeros say so. */
+	struct open_how how = {};
+	bpf_probe_read_user(&how, sizeof(how), (void *)PT_REGS_PARM3_CORE_SYSCALL(regs));
+	struct open_call given = {
+		.dfd = PT_REGS_PARM1_CORE_SYSCALL(regs),
+		.path = PT_REGS_PARM2_CORE_SYSCALL(regs),
+		.flags = how.flags,
+		.mode = how.mode,
+		.resolve = how.resolve,
+	};
+	return open_exit(ctx, STELLA_CALL_OPENAT2, &given, ctx->ret);
 }
 
 /* ---- exec ---------------------------------------------------------------------------------------------- */
@@ -1060,26 +1054,12 @@ static __always_inline void peer_of_accept(struct net_record *r, __s32 listener,
 	}
 }
 
-static __always_inline int net_entry(__u16 call, __s32 fd, unsigned long pointer, __u32 length)
+static __always_inline int net_exit(void *ctx, __u16 call, long result)
 {
 	if (!watched(STELLA_LANE_SYSCALL))
 		return 0;
-	struct inflight *f = remember(STELLA_LANE_SYSCALL);
-	if (!f)
-		return 0;
-	f->net_call = call + 1;
-	f->pointer = pointer;
-	f->length = length;
-	f->fd = fd;
-	return 0;
-}
-
-static __always_inline int net_exit(void *ctx, __u16 call, long result)
-{
-	struct inflight *f = recall();
-	if (!f || f->net_call != call + 1)
-		return 0;
-	f->net_call = 0;
+	struct pt_regs *regs = call_registers();
+	const __s32 fd = PT_REGS_PARM1_CORE_SYSCALL(regs);
 	__u32 zero = 0;
 	union scratch *s = bpf_map_lookup_elem(&stella_scratch, &zero);
 	if (!s)
@@ -1087,9 +1067,9 @@ static __always_inline int net_exit(void *ctx, __u16 call, long result)
 	struct net_record *r = &s->net.n;
 	__builtin_memset(r, 0, sizeof(*r));
 	if (call == STELLA_CALL_CONNECT)
-		peer_of_connect(r, f->pointer, f->length, f->fd);
+		peer_of_connect(r, PT_REGS_PARM2_CORE_SYSCALL(regs), PT_REGS_PARM3_CORE_SYSCALL(regs), fd);
 	else
-		peer_of_accept(r, f->fd, result);
+		peer_of_accept(r, fd, result);
 	__u32 index;
 	struct stella_lane *lane = lane_of(STELLA_LANE_SYSCALL, &index);
 	if (!lane)
@@ -1100,11 +1080,11 @@ static __always_inline int net_exit(void *ctx, __u16 call, long result)
 	}
 	if (!take_number(&r->h, STELLA_LANE_SYSCALL))
 		return 0;
-	fill_current(&r->h, f);
+	fill_current(&r->h, own_storage());
 	r->h.type = STELLA_NET_CONNECT;
 	r->h.call = call;
 	r->b.result = result;
-	r->b.fd = f->fd;
+	r->b.fd = fd;
 	__u64 length = r->b.path_len;
 	if (length > STELLA_UNIX_PATH_MAX)
 		length = STELLA_UNIX_PATH_MAX;
@@ -1120,34 +1100,16 @@ static __always_inline int net_exit(void *ctx, __u16 call, long result)
 	return 0;
 }
 
-SEC("tracepoint/syscalls/sys_enter_connect")
-int stella_conn_en(struct trace_event_raw_sys_enter *ctx)
-{
-	return net_entry(STELLA_CALL_CONNECT, ctx->args[0], ctx->args[1], ctx->args[2]);
-}
-
 SEC("tracepoint/syscalls/sys_exit_connect")
 int stella_conn_ex(struct trace_event_raw_sys_exit *ctx)
 {
 	return net_exit(ctx, STELLA_CALL_CONNECT, ctx->ret);
 }
 
-SEC("tracepoint/syscalls/sys_enter_accept")
-int stella_acc_en(struct trace_event_raw_sys_enter *ctx)
-{
-	return net_entry(STELLA_CALL_ACCEPT, ctx->args[0], ctx->args[1], 0);
-}
-
 SEC("tracepoint/syscalls/sys_exit_accept")
 int stella_acc_ex(struct trace_event_raw_sys_exit *ctx)
 {
 	return net_exit(ctx, STELLA_CALL_ACCEPT, ctx->ret);
-}
-
-SEC("tracepoint/syscalls/sys_enter_accept4")
-int stella_acc4_en(struct trace_event_raw_sys_enter *ctx)
-{
-	return net_entry(STELLA_CALL_ACCEPT4, ctx->args[0], ctx->args[1], 0);
 }
 
 SEC("tracepoint/syscalls/sys_exit_accept4")

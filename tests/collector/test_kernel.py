@@ -450,7 +450,7 @@ def test_with_privilege_the_probes_can_be_tried(tmp_path: Path) -> None:
     assert 0 == done.returncode, done.stdout + done.stderr
     rows = {row["probe"]: row for row in json.loads(done.stdout)}
     assert all(row["attached"] for row in rows.values())
-    assert "syscalls/sys_enter_openat2" in rows["sys_enter_openat"]["attach_point"]
+    assert "syscalls/sys_exit_openat2" in rows["sys_enter_openat"]["attach_point"]
 
 
 def test_the_cost_of_a_probe_is_measured_on_a_workload_of_its_own(tmp_path: Path) -> None:

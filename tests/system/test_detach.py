@@ -41,7 +41,7 @@ def test_a_node_is_ended_in_order_and_its_evidence_is_whole(node: Node) -> None:
     node.start()
     collector = node.pids()["collector"]
     mine = loaded(node)[collector]
-    assert {"stella_exec", "stella_opena_en", "stella_sr_ue"} <= {p["name"] for p in mine}
+    assert {"stella_exec", "stella_opena_ex", "stella_sr_ue"} <= {p["name"] for p in mine}
     assert all(len(p["tag"]) == 16 and p["this_release"] for p in mine)
     others = set(loaded(node)) - {collector}
     said = json.loads(node.stella("detach", "--format", "json").stdout)

@@ -32,16 +32,13 @@ class Probe(msgspec.Struct, frozen=True):
         if self.btf:
             return f"tp_btf/{self.btf[1]}"
         if self.tracepoints:
-            return ", ".join(f"{category}/{event}" for _, category, event, _ in self.tracepoints if "_enter_" in event)
+            return ", ".join(f"{category}/{event}" for _, category, event, _ in self.tracepoints)
         return ", ".join(f"{self.library}:{function}" for *_, function in self.functions)
 
 
 def _syscall(program: str, call: str, needed: bool = True) -> tuple[tuple[str, str, str, bool], ...]:
-    # The exit side first: an entry whose exit is not watched yet would be remembered for nothing.
-    return (
-        (f"{program}_ex", "syscalls", f"sys_exit_{call}", needed),
-        (f"{program}_en", "syscalls", f"sys_enter_{call}", needed),
-    )
+    # The end of a call tells all: its outcome, and what it was given still stands in the registers.
+    return ((f"{program}_ex", "syscalls", f"sys_exit_{call}", needed),)
 
 
 def probes_of(signals: Signals) -> list[tuple[Probe, bool]]:
