@@ -9,7 +9,7 @@ CONFIG ?= node/stellaops.yaml
 
 # What Debian must provide to build the native parts, and what the tests run beside.
 BUILD_PACKAGES := clang llvm gcc libc6-dev make libelf-dev zlib1g-dev python3-venv
-TEST_PACKAGES := docker.io podman busybox-static iproute2 bpftool openssl softhsm2 strace
+TEST_PACKAGES := docker.io podman busybox-static iproute2 bpftool openssl softhsm2 strace zstd
 # Whose answers about symbols ours are held to, and what makes programs for it.
 TEST_PACKAGES += binutils g++ musl-tools libc6-dbg
 # The engine that runs deploy/ is unpacked, not installed, and these run it; systemd's own checker of units.

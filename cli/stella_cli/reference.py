@@ -17,6 +17,7 @@ from stella_cli import help_pages
 from stella_cli.inspection.answer import Answer
 from stella_shared import config, config_layers, events, metrics, subjects
 from stella_shared.config import Signals
+from stella_shared.evidence import compressed
 from stella_shared.evidence.report import FAULT_CODES, STATUSES, ChainReport
 from stella_shared.selectors import TargetSet
 from stella_shared.wire import FILTER_CAUSES, LOSS_CAUSES, Beat, PartHead, RawBatch
@@ -194,7 +195,8 @@ def _subjects() -> str:
         f"| `stella.raw.<node>` | stream `{subjects.RAW_STREAM}`, work queue | collector → one enricher | "
         "`RawBatch`, MessagePack array |",
         f"| `stella.enriched.<node>.<type>` | stream `{subjects.ENRICHED_STREAM}`, limits | enricher → "
-        f"signer and any subscriber | evidence lines; header `{subjects.HEAD_HEADER}`: `PartHead`, JSON |",
+        f"signer and any subscriber | evidence lines as one zstd frame; headers `{subjects.ENCODING_HEADER}: "
+        f"{compressed.ENCODING}` and `{subjects.HEAD_HEADER}`: `PartHead`, JSON |",
         "| `stella.beat.<service>.<instance>` | core NATS | every service, once a second → gateway | `Beat`, JSON |",
         "| `stella.ctl.<node>.targets` | core NATS | enrichers, once a second and at a change → collector | "
         "`TargetSet`, JSON; only when `signals.filters.target_containers` has selectors, or a watched function an "
@@ -202,7 +204,8 @@ def _subjects() -> str:
         "",
         f"`<type>` is one of {', '.join(f'`{name}`' for name in events.EVENT_TYPES)}, or "
         f"`{subjects.LEDGER_TYPE}` for a batch that left no line.",
-        "`nats sub 'stella.enriched.>'` shows every evidence line, byte for byte what gets signed.",
+        "`nats sub --raw 'stella.enriched.>' | zstdcat` shows every evidence line, byte for byte what gets signed; "
+        "[decision 0019](../decisions/0019-compressed-lines.md) shows the same in Python.",
         "",
         "## Limits\n",
         "| What | Value |",

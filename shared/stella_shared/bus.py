@@ -288,14 +288,26 @@ class Bus:
                 raise TryAgain(f"stream {config.name}: {str(e) or type(e).__name__}") from None
 
     async def publish(
-        self, subject: str, data: bytes, *, msg_id: str, head: str = "", timeout_seconds: float = 5.0
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        msg_id: str,
+        head: str = "",
+        encoding: str = "",
+        timeout_seconds: float = 5.0,
     ) -> None:
-        """Store one message.  Returns after the server's ack; raises `TryAgain` (repeat with the same id)."""
+        """Store one message; `encoding` says how `data` is compressed.
+
+        Returns after the server's ack; raises `TryAgain` (repeat with the same id).
+        """
         if not self._nc.is_connected:
             raise TryAgain("the bus is not connected")
         headers = {_MSG_ID: msg_id}
         if head:
             headers[subjects.HEAD_HEADER] = head
+        if encoding:
+            headers[subjects.ENCODING_HEADER] = encoding
         try:
             # Not `publish_async`: there the library loses the server's refusals, and a full stream shows as silence.
             async with asyncio.timeout(timeout_seconds + 1.0):

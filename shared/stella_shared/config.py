@@ -63,7 +63,7 @@ class Rotation(_Section, frozen=True):
     max_size_mb: Annotated[
         float,
         _number(
-            "Size at which the open chunk is closed. Fractions are allowed.",
+            "Size at which the open chunk is closed: of its lines, before they are compressed. Fractions are allowed.",
             unit="MiB (2^20 bytes)",
             ge=0.001,
             le=65536,

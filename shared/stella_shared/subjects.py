@@ -5,6 +5,8 @@
     stella.beat.<service>.<instance>   core NATS: each service, once a second → gateway
     stella.ctl.<node>.targets          core NATS: enricher → collector, which containers the selectors match
 
+A body of `stella.enriched` is one zstd frame of lines (`evidence.compressed`).
+
 `<type>` is one of `events.EVENT_TYPES`, or `ledger` for a batch that left no line (its body is empty, its
 head still carries the accounting).  A node name is one NATS token: `node_token` makes it so.
 """
@@ -39,6 +41,8 @@ MAX_PAYLOAD_BYTES: Final = 8 << 20
 LEDGER_TYPE: Final = "ledger"
 #: Header of an enriched message: the JSON text of `wire.PartHead`.
 HEAD_HEADER: Final = "Stella-Batch"
+#: Header of a message whose body is compressed: how.
+ENCODING_HEADER: Final = "Content-Encoding"
 
 _NOT_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
 

@@ -23,7 +23,7 @@ import msgspec
 from stella_shared.errors import BrokenPromise
 
 #: Of heads of enriched messages, and of raw batches.
-HEAD_VERSION: Final = 1
+HEAD_VERSION: Final = 2
 RAW_VERSION: Final = 2
 LANE_KINDS: Final = 4
 LANE_KIND_NAMES: Final = ("syscall", "exec", "sock", "uprobe")

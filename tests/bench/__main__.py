@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.wire import Histogram
 from tests.system.node import Node, build_generator, running
 
@@ -106,7 +107,7 @@ def run(program: Path, rate: int, seconds: float, ring: int, enrichers: int, **s
             node.stop()
             report = node.verify()
             recorded = sum(
-                1 for path in node.evidence.glob("*.ndjson") for line in path.open("rb") if b"stella-bench" in line
+                frame.count(b"stella-bench") for path in node.evidence.glob("*.ndjson.zst") for frame in frames_of(path)
             )
             lost: dict[str, int] = {}
             for ledger in node.ledgers():

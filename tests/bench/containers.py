@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from stella_shared.evidence.compressed import frames_of
 from tests.enricher.cgroup_kit import mounts
 from tests.enricher.docker_kit import NAME, Engine, engine_with_image, why_no_engine
 from tests.system.node import Node
@@ -55,8 +56,8 @@ def lives(engine: Engine, ids: list[str]) -> list[float]:
 
 def recorded(node: Node) -> list[dict[str, Any]]:
     """Return the evidence lines."""
-    files = sorted(node.evidence.glob("*.ndjson"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    files = sorted(node.evidence.glob("*.ndjson.zst"))
+    return [json.loads(line) for file in files for frame in frames_of(file) for line in frame.splitlines()]
 
 
 def measure(engine: Engine, folder: Path) -> int:

@@ -19,6 +19,7 @@ import anyio
 from stella_shared import config, lifecycle, subjects
 from stella_shared.bus import Bus, Message
 from stella_shared.errors import TryAgain
+from stella_shared.evidence import compressed
 from stella_shared.wire import Beat
 
 LINE = b'{"event":{"type":"file_open"},"n":%d}'
@@ -118,8 +119,8 @@ async def _work(bus: Bus, signals: config.Signals, service: str, manners: Path, 
                 if enricher:
                     subject = subjects.enriched(config.node_name(signals), "file_open")
                     number = -1 if message.data == b"last" else int(message.data)
-                    await _publish(bus, subject, LINE % number + b"\n", f"e-{message.msg_id}")
+                    await _publish(bus, subject, compressed.pack(LINE % number + b"\n"), f"e-{message.msg_id}")
                 else:
                     with (manners / "signed.ndjson").open("ab") as file:
-                        file.write(message.data)
+                        file.write(compressed.unpack(message.data))
                 await message.ack()

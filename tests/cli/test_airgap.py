@@ -122,7 +122,7 @@ def test_export_refuses(site: Site, tmp_path: Path) -> None:
     assert "--force" in done.stderr
     site.good("export", "--output", out, "--force")
     assert b"mine" != out.read_bytes()
-    site.node.file(4, "ndjson").unlink()
+    site.node.file(4, "ndjson.zst").unlink()
     done = site.stella("export", "--output", out, "--force")
     assert (1, True) == (done.returncode, "does not verify" in done.stderr)
     assert {"node", "out.tar.gz"} == {p.name for p in tmp_path.iterdir()}

@@ -24,7 +24,7 @@ ARCHIVED = ["VALID_PENDING", "ARCHIVED", "ARCHIVED", "VALID_PENDING", "VALID_PEN
 
 
 def lines_here(site: Site) -> list[str]:
-    return sorted(p.name for p in site.evidence.glob("*.ndjson") if "open" not in p.name)
+    return sorted(p.name for p in site.evidence.glob("*.ndjson.zst") if "open" not in p.name)
 
 
 def test_cleanup_of_a_stopped_node(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_cleanup_of_a_stopped_node(tmp_path: Path) -> None:
     said = site.good("cleanup", "--keep-chain-state", "--older-than", "7d")
     assert "removed the lines of chunks 2 to 3 (" in said
     assert ARCHIVED == site.statuses()
-    assert ["000001.ndjson", "000004.ndjson", "000005.ndjson"] == lines_here(site)
+    assert ["000001.ndjson.zst", "000004.ndjson.zst", "000005.ndjson.zst"] == lines_here(site)
     assert [] == [p for p in (site.state / "run").iterdir() if p.name.startswith("errand")]
     assert "would remove the lines of chunk 4" in site.good(
         "cleanup", "--keep-chain-state", "--older-than", "4w", "--dry-run"
@@ -56,7 +56,7 @@ def test_cleanup_of_a_stopped_node(tmp_path: Path) -> None:
         (["--keep-chain-state"], "", 2, "--older-than"),
         (["--keep-chain-state", "--older-than", "soon"], "", 2, "is no age"),
         (["--keep-chain-state", "--older-than", "7d"], "000002.ledger.json", 1, "does not verify"),
-        (["--keep-chain-state", "--older-than", "7d"], "000003.ndjson", 1, "000003.ndjson is missing"),
+        (["--keep-chain-state", "--older-than", "7d"], "000003.ndjson.zst", 1, "000003.ndjson.zst is missing"),
     ],
 )
 def test_cleanup_refuses(tmp_path: Path, words: list[str], damage: str, code: int, says: str) -> None:

@@ -19,6 +19,7 @@ from stella_cli.inspection.subject import parse
 from stella_cli.inspection.watch import spans
 from stella_shared.errors import UsageError
 from stella_shared.evidence import canonical
+from stella_shared.evidence.compressed import frames_of, pack
 from stella_shared.wire import Closing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,8 +392,8 @@ def test_a_restart_and_an_unclean_end_are_doubts(tmp_path: Path) -> None:
 def test_damaged_evidence_answers_but_vouches_for_nothing(tmp_path: Path) -> None:
     """An edited line: exit code 1, the fault is named, and every kind is void."""
     made = everything(tmp_path)
-    data = sorted(made.evidence.glob("*.ndjson"))[-2]
-    data.write_bytes(data.read_bytes().replace(b"/etc/passwd", b"/etc/passwe"))
+    data = sorted(made.evidence.glob("*.ndjson.zst"))[-2]
+    data.write_bytes(pack(b"".join(frames_of(data)).replace(b"/etc/passwd", b"/etc/passwe")))
     answer = asked(made, IMAGE, code=1)
     assert not answer["evidence"]["valid"]
     assert {"void"} == {k["complete"]["verdict"] for k in answer["kinds"]}

@@ -18,6 +18,7 @@ import yaml
 
 from stella_collector.runs import unpin
 from stella_shared import config
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
 from tests.deploy import engine as kit
@@ -101,11 +102,11 @@ class Node:
     def lines_of(self, container: str) -> list[dict[str, Any]]:
         """Return the evidence lines that name a container, of all chunks, signed or open."""
         found = []
-        for chunk in sorted(self.evidence.glob("*.ndjson")):
-            for line in chunk.read_text().splitlines():
-                # The open chunk may end in the middle of a line.
-                if container in line and line.endswith("}"):
-                    found.append(json.loads(line))
+        for chunk in sorted(self.evidence.glob("*.ndjson.zst")):
+            # The open chunk may end in the middle of a frame.
+            with contextlib.suppress(ValueError):
+                for frame in frames_of(chunk):
+                    found += [json.loads(line) for line in frame.decode().splitlines() if container in line]
         return found
 
     def status(self) -> dict[str, Any]:

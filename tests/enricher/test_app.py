@@ -14,6 +14,7 @@ import yaml
 
 from stella_shared import events, kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
+from stella_shared.evidence.compressed import unpack
 from stella_shared.wire import RAW_VERSION, LaneRow, Ledger, PartHead, RawBatch, decode_head, encode_raw, ledger_faults
 from tests.enricher.record_maker import file_open, process_exec, record
 from tests.shared.nats_kit import Server, serving
@@ -110,11 +111,11 @@ async def enriched(bus: Bus, parts: int, seconds: float = 40.0) -> list[tuple[Pa
         with anyio.move_on_after(seconds):
             while len(found) < parts:
                 for message in await work.get(64, 0.0):
-                    found.append((decode_head(message.head), message.subject, message.data))
+                    found.append((decode_head(message.head), message.subject, unpack(message.data)))
                     await message.ack()
         with anyio.move_on_after(0.5):  # and whatever is too much
             for message in await work.get(64, 0.4):
-                found.append((decode_head(message.head), message.subject, message.data))
+                found.append((decode_head(message.head), message.subject, unpack(message.data)))
     return found
 
 

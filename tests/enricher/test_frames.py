@@ -19,6 +19,7 @@ from stella_enricher.symbols.finding import Finder
 from stella_enricher.symbols.resolver import Resolver
 from stella_enricher.symbols.store import Store
 from stella_shared import events, kernel_records
+from stella_shared.evidence.compressed import unpack
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import Program, RawBatch
 from tests.enricher import symbol_oracles as oracle
@@ -70,10 +71,10 @@ def resolver(store: Path | None = None) -> Resolver:
 def stack_of(lines: Lines, raw: RawBatch) -> tuple[list[dict[str, object]], bytes]:
     """Return the stack of the batch's first line, every line validated, and all its bytes."""
     (part,) = lines.build(raw, lambda _: HOST).parts
-    for line in part.body.splitlines():
+    for line in unpack(part.frame).splitlines():
         validator.validate(json.loads(line))
-    first = json.loads(part.body.splitlines()[0])
-    return first["event"]["stack"], part.body
+    first = json.loads(unpack(part.frame).splitlines()[0])
+    return first["event"]["stack"], unpack(part.frame)
 
 
 async def settled(namer: FrameNamer, raw: RawBatch) -> None:

@@ -20,6 +20,7 @@ from stella_enricher.redaction import Redactor
 from stella_enricher.runtimes.facts import Pod
 from stella_shared import events, kernel_records, raw_batches
 from stella_shared.errors import BrokenPromise
+from stella_shared.evidence.compressed import unpack
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import FORGOTTEN_PROGRAM, LaneRow, Ledger, Program, RawBatch, ledger_faults
 from tests.enricher.record_maker import ANYTHING, COMMS, EXECS, U32, U64, batch, file_open, process_exec, record
@@ -139,7 +140,7 @@ def slow(batch: RawBatch, paths: PathFilter, container_of: Callable[[int], Conta
 
 def of(enriched: Enriched) -> dict[str, list[bytes]]:
     """Return the lines of an enriched batch by type."""
-    return {part.type: part.body.splitlines(keepends=True) for part in enriched.parts}
+    return {part.type: unpack(part.frame).splitlines(keepends=True) for part in enriched.parts}
 
 
 LINES = st.tuples(
@@ -197,7 +198,7 @@ def small(value: object) -> object:
 def test_lines_are_canonical_and_valid(make: type[Lines], rows: list[tuple], node: str) -> None:
     """Each line validates against the published schema, decodes to what it was, and is what RFC 8785 prescribes."""
     enriched = make(ALL).build(batch_of(rows, node=node), container_of)
-    for line in [line for part in enriched.parts for line in part.body.split(b"\n")[:-1]]:
+    for line in [line for part in enriched.parts for line in unpack(part.frame).split(b"\n")[:-1]]:
         value = json.loads(line)
         validator.validate(value)
         again = events.decode_line(line)
@@ -235,11 +236,11 @@ def test_a_redacted_line_says_so(make: type[Lines]) -> None:
     (part,) = lines.build(raw, container_of).parts
     assert (
         b'"event":{"ancestors":[{"comm":"init","pid":1,"start_ns":2}],"argv":["mysql","-uroot","-p***","--token","***","db"],"argv_redacted":[2,4],'
-        b'"device":"0:0","filename":"/usr/bin/mysql","inode":0,"ppid":1,"type":"process_exec"}' in part.body
+        b'"device":"0:0","filename":"/usr/bin/mysql","inode":0,"ppid":1,"type":"process_exec"}' in unpack(part.frame)
     )
-    validator.validate(json.loads(part.body))
+    validator.validate(json.loads(unpack(part.frame)))
     assert {"rule": 2, "pattern": 0, "failure": 0} == lines.redactor.counts
-    off = make(ALL, Redactor(enabled=False)).build(raw, container_of).parts[0].body
+    off = unpack(make(ALL, Redactor(enabled=False)).build(raw, container_of).parts[0].frame)
     assert b'"-phunter2","--token","abc","db"],"argv_bytes":%d,"device"' % len(argv) in off
 
 
@@ -249,7 +250,7 @@ def test_arguments_that_are_cut_off_are_redacted_to_the_end(make: type[Lines]) -
     for status in (1, 2):
         body = process_exec(b"/bin/app", b"", b"app\0https://user:hunt", argv_status=status, total=9000)
         (part,) = make(ALL).build(batch(record(2, 3, body), {0: 1}), container_of).parts
-        event = json.loads(part.body)["event"]
+        event = json.loads(unpack(part.frame))["event"]
         assert (["app", "https://user:***"], [1]) == (event["argv"], event["argv_redacted"])
 
 
@@ -258,9 +259,9 @@ def test_big_integers_keep_their_digits(make: type[Lines]) -> None:
     """Times, flags and offsets beyond 2^53 are written exactly."""
     raw = batch(record(1, 2, file_open(b"/x", resolve=2**64 - 1), ts=2**63 + 1, cgroup=2**53 + 1, seq=0), {0: 1})
     (part,) = make(ALL).build(raw, container_of).parts
-    assert b'"ts_ns":9223372036854775809,' in part.body
-    assert b'"resolve":18446744073709551615' in part.body
-    assert b'"cgroup_id":9007199254740993,' in part.body
+    assert b'"ts_ns":9223372036854775809,' in unpack(part.frame)
+    assert b'"resolve":18446744073709551615' in unpack(part.frame)
+    assert b'"cgroup_id":9007199254740993,' in unpack(part.frame)
 
 
 @both
@@ -269,7 +270,7 @@ def test_no_name_breaks_a_line(make: type[Lines]) -> None:
     names = [b"/a\nb", b"/a\r\nb", "/\u2028\u2029\x85".encode(), b'/"}\n{"', b"/\x1f\x7f", b"/\xff\n", b"\n"]
     data = b"".join(record(1, 1, file_open(name), seq=i) for i, name in enumerate(names))
     (part,) = make(ALL).build(batch(data, {0: len(names)}), container_of).parts
-    lines = part.body.split(b"\n")
+    lines = unpack(part.frame).split(b"\n")
     assert b"" == lines.pop()
     paths = [json.loads(line)["event"]["path"] for line in lines]
     assert [name.decode("utf-8", "backslashreplace") for name in names] == paths
@@ -333,8 +334,8 @@ def test_more_distinct_events_than_are_kept(make: type[Lines]) -> None:
         data = b"".join(record(1, 1, file_open(b"/%d" % (start + i)), seq=i) for i in range(count))
         (part,) = lines.build(batch(data, {0: count}), container_of).parts
         assert count == part.lines
-        assert part.body.startswith(b'{"boot_id"')
-        assert b'"path":"/%d"' % (start + count - 1) in part.body
+        assert unpack(part.frame).startswith(b'{"boot_id"')
+        assert b'"path":"/%d"' % (start + count - 1) in unpack(part.frame)
 
 
 @both

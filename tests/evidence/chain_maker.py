@@ -11,12 +11,14 @@ import msgspec
 
 from stella_shared import clock, config
 from stella_shared.evidence import canonical, dsse, merkle, records, statement
+from stella_shared.evidence.compressed import Packed, frames_of, pack
 from stella_shared.evidence.disk import Disk
+from stella_shared.evidence.names import DATA
 from stella_shared.evidence.records import Ledger
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.store import Places, initialise, places, read_chain
 from stella_shared.evidence.verify import verify_chain
-from stella_shared.wire import Closing, LaneRow, PartHead
+from stella_shared.wire import HEAD_VERSION, Closing, LaneRow, PartHead
 from stella_shared.wire import Ledger as BatchLedger
 from stella_signer.chunks import ChunkStore
 from stella_signer.signing import LocalKey
@@ -136,6 +138,14 @@ class Node:
     def file(self, index: int, kind: str) -> Path:
         return self.where.chunk(index, kind)
 
+    def lines(self, index: int) -> bytes:
+        """Return the lines of a closed chunk."""
+        return b"".join(frames_of(self.file(index, DATA)))
+
+    def put_lines(self, index: int, lines: bytes) -> None:
+        """Replace the lines of a closed chunk."""
+        self.file(index, DATA).write_bytes(pack(lines))
+
 
 def small_chain(folder: Path, name: str = "node-a", run: str = RUN) -> Node:
     """Return a node with four signed chunks: genesis, two with events of every kind, one without any."""
@@ -152,26 +162,34 @@ def small_chain(folder: Path, name: str = "node-a", run: str = RUN) -> Node:
     return node
 
 
-def one(batch: tuple[Settle, bytes]) -> tuple[list[Any], list[bytes]]:
+def packed(lines: bytes) -> Packed:
+    """Return lines as the signer takes them from the bus."""
+    return Packed.of(pack(lines))
+
+
+def one(batch: tuple[Settle, bytes]) -> tuple[list[Any], list[Packed]]:
     """Return the arguments of `commit` for one batch."""
-    return [batch[0]], [batch[1]]
+    return [batch[0]], [packed(batch[1])]
 
 
-def resign(node: Node, index: int, data: bytes | None = None, **changes: Any) -> None:
+def resign(node: Node, index: int, data: bytes | None = None, *, file: bytes | None = None, **changes: Any) -> None:
     """Rewrite the newest chunk with other lines or another ledger, and sign that with the node's own key.
+
+    `file` is what lies there in place of a frame of the lines.
 
     This is what a signer with a bug, or the holder of the key, could do.
     """
     ledger = canonical.loads(node.file(index, "ledger.json").read_bytes(), Ledger)
     if data is not None:
-        node.file(index, "ndjson").write_bytes(data)
+        file = pack(data) if file is None else file
+        node.file(index, DATA).write_bytes(file)
         tree = merkle.Frontier()
         tree.add(merkle.leaves(data.split(b"\n")[:-1]))
         ledger = msgspec.structs.replace(
             ledger,
             bytes=len(data),
             lines=data.count(b"\n"),
-            sha256=sha256(data).hexdigest(),
+            sha256=sha256(file).hexdigest(),
             merkle_root=tree.root().hex(),
         )
     ledger = msgspec.structs.replace(ledger, **changes)
@@ -206,11 +224,11 @@ def parts_of(step: Settle, body: bytes, parts: int, node: str = "node-a") -> lis
     return [
         (
             PartHead(
-                1, node, step.boot_id, step.run, step.number, i, parts, len(mine),
+                HEAD_VERSION, node, step.boot_id, step.run, step.number, i, parts, len(mine),
                 step.ledger if i == 0 else None, step.coverage if i == 0 else "", step.final and i == 0,
                 step.closings if i == 0 else [],
             ),
-            b"".join(mine),
+            pack(b"".join(mine)),
         )
         for i, mine in enumerate(cut)
     ]  # fmt: skip

@@ -45,7 +45,7 @@ def documents(node: Node) -> None:
         node.evidence / "chain.json",
         node.file(2, "ledger.json"),
         node.file(2, "dsse.json"),
-        node.file(2, "ndjson"),
+        node.file(2, "ndjson.zst"),
         node.where.head,
         next((node.evidence / "keys").iterdir()),
     ):

@@ -53,7 +53,7 @@ def january(node: Node, tmp_path: Path) -> Path:
 def test_an_export_holds_the_chunks_of_its_time_and_an_anchor(node: Node, january: Path, tmp_path: Path) -> None:
     """Every chunk whose window overlaps, ledger and envelope of the one before, chain, keys and manifest."""
     evidence = unpacked(january, tmp_path)
-    kinds = ("dsse.json", "ledger.json", "ndjson")
+    kinds = ("dsse.json", "ledger.json", "ndjson.zst")
     expected = {f"{i:06d}.{kind}" for i in (3, 4, 5) for kind in kinds} | {"000002.dsse.json", "000002.ledger.json"}
     assert expected | {"chain.json", "keys", "manifest.dsse.json"} == {p.name for p in evidence.iterdir()}
     told, _ = manifest.open_signed((evidence / names.MANIFEST).read_bytes())
@@ -174,13 +174,13 @@ def test_cleaned_up_chunks_are_declared(tmp_path: Path) -> None:
     notes.put(node.where, node.made.chain_id, notes.make(notes.CLEANUP, first=3, last=4))
     errands.record_notes(node.signals)
     for index in (3, 4):
-        node.file(index, "ndjson").unlink()
+        node.file(index, "ndjson.zst").unlink()
     path = export_to(node, tmp_path / "a.tar.gz", JANUARY)
     report = check(node, path)
     assert report.faults == []
     assert ["ARCHIVED", "ARCHIVED", "VALID_PENDING"] == [c.status for c in report.chunks]
-    node.file(5, "ndjson").unlink()
-    with pytest.raises(ConfigError, match=r"000005\.ndjson is missing"):
+    node.file(5, "ndjson.zst").unlink()
+    with pytest.raises(ConfigError, match=r"000005\.ndjson\.zst is missing"):
         export.build(node.where, JANUARY, proofs=False)
 
 
@@ -235,11 +235,11 @@ def _anchor_ledger_changed(evidence: Path) -> None:
 
 
 def _lines_are_gone(evidence: Path) -> None:
-    (evidence / "000004.ndjson").unlink()
+    (evidence / "000004.ndjson.zst").unlink()
 
 
 def _lines_are_changed(evidence: Path) -> None:
-    path = evidence / "000004.ndjson"
+    path = evidence / "000004.ndjson.zst"
     path.write_bytes(path.read_bytes().replace(b'"sh"', b'"ls"', 1))
 
 
@@ -281,7 +281,7 @@ def test_a_history_of_another_name_is_forked(node: Node, january: Path, tmp_path
     store = twin.open()
     store.close("stop")
     store.release()
-    for kind in ("dsse.json", "ledger.json", "ndjson"):
+    for kind in ("dsse.json", "ledger.json", "ndjson.zst"):
         shutil.copy(twin.file(5, kind), evidence / f"000005.{kind}")
     report = check(node, evidence)
     assert ("forked", 5) in codes(report)

@@ -241,26 +241,26 @@ def changed(members: Members, name: str, change: Callable[[bytes], bytes]) -> Me
         (lambda ms: [*ms, member("../evil")], "leads out"),
         (lambda ms: [*ms, member("evidence/../../evil")], "leads out"),
         (lambda ms: [*ms, member("/etc/evil")], "leads out"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson", tarfile.SYMTYPE)], "no regular file"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson", tarfile.LNKTYPE)], "no regular file"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson", tarfile.FIFOTYPE)], "no regular file"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson", tarfile.CHRTYPE)], "no regular file"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson", tarfile.BLKTYPE)], "no regular file"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst", tarfile.SYMTYPE)], "no regular file"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst", tarfile.LNKTYPE)], "no regular file"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst", tarfile.FIFOTYPE)], "no regular file"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst", tarfile.CHRTYPE)], "no regular file"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst", tarfile.BLKTYPE)], "no regular file"),
         (lambda ms: [*ms, ms[0]], "is there twice"),
-        (lambda ms: [*ms, member("evidence/./000005.ndjson")], "is there twice"),
+        (lambda ms: [*ms, member("evidence/./000005.ndjson.zst")], "is there twice"),
         (lambda ms: [*ms, member("other/chain.json")], "holds 2 chains"),
         (lambda ms: [*ms, member("evidence/extra.txt")], "no file of an export"),
         (lambda ms: [*ms, member("beside.txt")], "no file of an export"),
         (lambda ms: [*ms, member("evidence/a\nb")], "no plain name"),
         (lambda ms: [*ms, member("evidence\\..\\evil")], "no plain name"),
         (lambda ms: [*ms, member("evidence/" + "a" * 5000)], "no plain name"),
-        (lambda ms: [*ms, member("evidence/000009.ndjson")], "not listed in"),
-        (lambda ms: [*ms, member("evidence/000003.open.ndjson")], "not listed in"),
+        (lambda ms: [*ms, member("evidence/000009.ndjson.zst")], "not listed in"),
+        (lambda ms: [*ms, member("evidence/000003.open.ndjson.zst")], "not listed in"),
         (lambda ms: [*ms, member(f"evidence/keys/{'0' * 64}.pem")], "not listed in"),
-        (lambda ms: without(ms, "000005.ndjson"), "missing, but listed in"),
+        (lambda ms: without(ms, "000005.ndjson.zst"), "missing, but listed in"),
         (lambda ms: without(ms, "manifest.dsse.json"), "no manifest.dsse.json"),
         (lambda ms: without(ms, "chain.json"), "missing, but listed in"),
-        (lambda ms: changed(ms, "000005.ndjson", lambda d: d.replace(b"sh", b"ls", 1)), "not what its manifest lists"),
+        (lambda ms: changed(ms, "000005.ndjson.zst", lambda d: d[:-1] + b"x"), "not what its manifest lists"),
         (lambda ms: changed(ms, "000004.dsse.json", lambda d: d[:-9]), "not what its manifest lists"),
         (lambda ms: changed(ms, "manifest.dsse.json", lambda d: d + b"\n"), "not canonical"),
         (lambda ms: [], "holds no evidence"),
@@ -298,7 +298,7 @@ def test_bombs_are_refused_before_they_are_unpacked(
     """By what a header promises against the size of the file, by the sum, and by the number of members."""
     ratio = tmp_path / "ratio.tar.gz"
     with gzip.open(ratio, "wb", compresslevel=9) as out:
-        made = tarfile.TarInfo("evidence/000001.ndjson")
+        made = tarfile.TarInfo("evidence/000001.ndjson.zst")
         made.size = 4 << 30
         out.write(made.tobuf(tarfile.PAX_FORMAT))
         out.write(b"\0" * (1 << 20))

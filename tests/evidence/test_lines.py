@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from stella_shared.evidence import chunk_reader, lines, merkle, native_lines
 from stella_shared.evidence.chunk_reader import ChunkReader
+from stella_shared.evidence.compressed import pack
 from stella_shared.evidence.lines import LineChecker
 from stella_shared.evidence.native_lines import UNSURE, Place
 from stella_shared.evidence.records import Ledger, Run, Window
@@ -236,10 +238,11 @@ def test_blocks_may_end_anywhere(
     tmp_path_factory: pytest.TempPathFactory, size: int, picks: list[int], whole: bool, chance: random.Random
 ) -> None:
     """C and Python give one digest, one Merkle root and the same faults, whatever the size of a block."""
-    path = tmp_path_factory.getbasetemp() / "blocks.ndjson"
+    path = tmp_path_factory.getbasetemp() / "blocks.ndjson.zst"
     texts = [corpus()[n] if n < 10 else mutated(corpus()[n - 10], chance) for n in picks]
     data = b"\n".join(texts) + (b"\n" if whole and texts else b"")
-    path.write_bytes(data)
+    cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randrange(4)))
+    path.write_bytes(b"".join(pack(data[a:b]) for a, b in pairwise([0, *cuts, len(data)])))
     with ChunkReader(block_bytes=size) as quick, ChunkReader(native=False, block_bytes=size) as slow:
         expected = faults_and_digest(path, slow, LineChecker(ledger(), NODE))
         assert expected == faults_and_digest(path, quick, LineChecker(ledger(), NODE))
@@ -247,14 +250,15 @@ def test_blocks_may_end_anywhere(
     tree = merkle.Frontier()
     tree.add(merkle.leaves(data.split(b"\n")[:-1]))
     complete = not data or data.endswith(b"\n")
-    assert lines.Digest(len(data), tree.size, sha256(data).hexdigest(), tree.root().hex(), complete) == expected[0]
+    digest = sha256(path.read_bytes()).hexdigest()
+    assert lines.Digest(len(data), tree.size, digest, tree.root().hex(), complete) == expected[0]
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_empty_lines_beyond_the_room_of_a_block_are_all_judged(tmp_path: Path, native: bool) -> None:
     """A block of nothing but newlines has more lines than there is room for."""
     path = tmp_path / "newlines"
-    path.write_bytes(b"\n" * 30_000)
+    path.write_bytes(pack(b"\n" * 30_000))
     made = LineChecker(ledger(), NODE)
     with ChunkReader(native=native) as reader:
         digest = reader.read(path, made)
@@ -271,9 +275,9 @@ def test_a_line_over_the_limit_is_refused(
     path = tmp_path / "long"
     for block in (1, 64, 999, 1000):
         with ChunkReader(native=native, block_bytes=block) as reader:
-            path.write_bytes(b"a\n" + b"x" * 1000 + end)
+            path.write_bytes(pack(b"a\n" + b"x" * 1000 + end))
             reader.read(path)
-            path.write_bytes(b"a\n" + b"x" * 1001 + end)
+            path.write_bytes(pack(b"a\n" + b"x" * 1001 + end))
             with pytest.raises(ValueError, match="line 2 is over 1000 bytes"):
                 reader.read(path)
 
@@ -309,6 +313,7 @@ def test_numbers_are_counted_exactly(
         msgspec.json.encode({"boot_id": BOOT, "lane": lane, "node": NODE, "run": RUN, "seq": n}, order="sorted") + b"\n"
         for n in numbers
     ))  # fmt: skip
+    path.write_bytes(pack(path.read_bytes()))
     made = LineChecker(ledger({RUN: BOOT}, [row]), NODE)
     with ChunkReader(native=native) as reader:
         reader.read(path, made)
@@ -339,7 +344,12 @@ def test_memory_does_not_grow_with_the_chunk(tmp_path: Path) -> None:
     template = placed(seq=0).replace(b'"seq":0', b'"seq":%d')
     peaks = []
     for count in (50_000, 400_000):
-        path.write_bytes(b"".join(template % n + b"\n" for n in range(count)))
+        path.write_bytes(
+            b"".join(
+                pack(b"".join(template % n + b"\n" for n in range(begin, begin + 2000)))
+                for begin in range(0, count, 2000)
+            )
+        )
         done = subprocess.run(
             [sys.executable, "-c", program, path, HERE], capture_output=True, text=True, check=True, timeout=60
         )
@@ -352,7 +362,7 @@ def test_many_runs_are_told_apart(tmp_path: Path) -> None:
     runs = {f"{n:016x}"[: 5 + n % 12]: BOOT for n in range(1, 3000, 7)}
     made = LineChecker(ledger(runs), NODE)
     path = tmp_path / "chunk"
-    path.write_bytes(b"".join(line(NODE, 0, 5, run) for run in runs))
+    path.write_bytes(pack(b"".join(line(NODE, 0, 5, run) for run in runs)))
     with ChunkReader() as reader:
         reader.read(path, made)
     assert {1} == {made.numbers.count(made._lanes[run, 0]) for run in runs}

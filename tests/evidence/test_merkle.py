@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from collections.abc import Callable
 from hashlib import sha256
 
@@ -58,9 +59,27 @@ def test_any_cut_of_the_lines_gives_the_recursive_root(
         elif way % 3 == 1:
             tree.add_packed(bytearray(b"".join(merkle.leaves(part))), len(part))
         else:
-            assert len(part) == tree.add_lines(b"".join(line + b"\n" for line in part))
+            tree.add_hashes(merkle.leaf_hashes(b"".join(line + b"\n" for line in part)))
     assert naive_root(lines) == tree.root()
     assert len(lines) == tree.size
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9000), max_size=9), st.randoms(use_true_random=False))
+def test_the_leaves_in_c_are_those_of_hashlib(lengths: list[int], chance: random.Random) -> None:
+    """Two at a time or alone, of any length: around a block's end, and beyond what is done two at a time."""
+    lines = [chance.randbytes(length).replace(b"\n", b" ") for length in lengths]
+    assert b"".join(merkle.leaves(lines)) == merkle.leaf_hashes(b"".join(line + b"\n" for line in lines))
+
+
+def test_every_length_around_the_ends_of_blocks_has_the_right_leaf() -> None:
+    """Each pair of lengths up to three blocks, and each length about where libcrypto takes over."""
+    some = [bytes(n % 9 + 65 for n in range(length)) for length in range(200)]
+    for shift in (0, 1, 7, 64, 130):
+        lines = [line for pair in zip(some, some[shift:] + some[:shift], strict=True) for line in pair]
+        assert b"".join(merkle.leaves(lines)) == merkle.leaf_hashes(b"".join(line + b"\n" for line in lines))
+    lines = [b"x" * length for length in range(8100, 8300)]
+    assert b"".join(merkle.leaves(lines)) == merkle.leaf_hashes(b"".join(line + b"\n" for line in lines))
 
 
 def test_pae_is_the_one_of_the_specification() -> None:
@@ -121,7 +140,16 @@ def test_chunk_names_come_back(index: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["1.ndjson", "000000.ndjson", "0000001.ndjson", "000001.ndjson.tmp", "000001.txt", "000001.ndjson\n", "x"]
+    "name",
+    [
+        "1.ndjson.zst",
+        "000000.ndjson.zst",
+        "0000001.ndjson.zst",
+        "000001.ndjson.zst.tmp",
+        "000001.txt",
+        "000001.ndjson.zst\n",
+        "x",
+    ],
 )
 def test_other_names_are_no_chunk(name: str) -> None:
     """Only the one spelling of an index is a chunk's name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from tests.sigstore.fulcio import Fulcio
 
 from stella_shared.errors import BadAnswer, StellaError
 from stella_shared.evidence import canonical, dsse, names
+from stella_shared.evidence.compressed import FrameReader, pack
 from stella_shared.evidence.keys import load_trusted
 from stella_shared.evidence.report import TIME_UNTRUSTED, VALID_LOGGED, VALID_PENDING, ChainReport
 from stella_shared.evidence.stamps import decode_stamps
@@ -247,11 +249,11 @@ def _rewritten(data: st.DataObject, path: Path, whole: bytes) -> bytes:
     """Return a file of the same form and with another content."""
     if path.suffix == ".json":
         return canonical.dumps(_edited(data, json.loads(whole)))
-    if path.suffix == ".ndjson" and whole:
-        lines = whole.splitlines()
+    if path.suffix == ".zst" and whole:
+        lines = b"".join(FrameReader(io.BytesIO(whole)).frames()).splitlines()
         n = data.draw(st.integers(0, len(lines) - 1))
         lines[n] = canonical.dumps(_edited(data, json.loads(lines[n])))
-        return b"".join(line + b"\n" for line in lines)
+        return pack(b"".join(line + b"\n" for line in lines))
     if path.suffix == ".pem":
         begin, *middle, end = whole.decode().splitlines()
         text = base64.b64encode(_other_bytes(data, base64.b64decode("".join(middle)))).decode()

@@ -120,7 +120,7 @@ def test_every_line_of_a_chain_is_proved_in_each_way(tmp_path: Path) -> None:
     node = small_chain(tmp_path)
     prover = Prover(node.evidence)
     for chunk in (2, 3):
-        lines = node.file(chunk, "ndjson").read_bytes().splitlines()
+        lines = node.lines(chunk).splitlines()
         by_line = prover.prove([Wanted(LineOf(chunk, n)) for n in range(1, len(lines) + 1)])
         assert by_line == prover.prove([Wanted(place_of(text)) for text in lines])
         assert by_line == prover.prove([Wanted(place_of(text), text) for text in lines])
@@ -137,7 +137,7 @@ def test_every_line_of_a_chain_is_proved_in_each_way(tmp_path: Path) -> None:
 def test_only_the_chunk_that_holds_the_line_is_read(tmp_path: Path) -> None:
     """The ledgers say which one: the lines of the others may be gone."""
     node = small_chain(tmp_path)
-    node.file(2, "ndjson").write_bytes(b"")
+    node.file(2, "ndjson.zst").write_bytes(b"")
     assert proof.verify(proofs_of(node, Place(RUN, 5, 4))[0], trusted(node)).chunk == 3
 
 
@@ -201,12 +201,12 @@ def test_only_a_directory_with_a_chain_is_evidence(tmp_path: Path) -> None:
 
 
 def _edited(node: Node) -> None:
-    path = node.file(2, "ndjson")
+    path = node.file(2, "ndjson.zst")
     path.write_bytes(path.read_bytes().replace(b'"comm":"sh"', b'"comm":"su"', 1))
 
 
 def _swapped(node: Node) -> None:
-    path = node.file(2, "ndjson")
+    path = node.file(2, "ndjson.zst")
     path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
 
 
@@ -241,7 +241,7 @@ def _moved(node: Node) -> None:
 
 def _wrong_root(node: Node) -> None:
     for index in (3, 4):
-        for kind in ("ndjson", "ledger.json", "dsse.json"):
+        for kind in ("ndjson.zst", "ledger.json", "dsse.json"):
             node.file(index, kind).unlink()
     resign(node, 2, merkle_root="0" * 64)
 

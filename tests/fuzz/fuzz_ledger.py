@@ -8,6 +8,7 @@ from pathlib import Path
 from stella_shared.errors import StellaError
 from stella_shared.evidence import canonical, names, records, statement
 from stella_shared.evidence.chunk_reader import ChunkReader
+from stella_shared.evidence.compressed import pack
 from stella_shared.evidence.lines import LineChecker
 from stella_shared.evidence.records import Chain, Head, Ledger
 from tests.fuzz.known import Known
@@ -37,10 +38,11 @@ def target(folder: Path) -> Callable[[bytes], None]:
         except StellaError:
             return
 
-    place = folder / "lines.ndjson"
+    place = folder / "lines.ndjson.zst"
 
     def lines(data: bytes) -> None:
-        place.write_bytes(data)
+        # Half of the inputs are lines, half are what a file holds.
+        place.write_bytes(pack(data) if len(data) % 2 else data)
         checker = LineChecker(real, "node-a")
         with ChunkReader() as reader:
             try:

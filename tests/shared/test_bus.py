@@ -15,7 +15,7 @@ from stella_collector.spool import Spool
 from stella_shared import subjects
 from stella_shared.bus import Bus
 from stella_shared.errors import BrokenPromise, TryAgain
-from stella_shared.wire import Beat, PartHead, decode_head, encode_head
+from stella_shared.wire import HEAD_VERSION, Beat, PartHead, decode_head, encode_head
 from tests.shared.nats_kit import Server, serving
 
 pytestmark = pytest.mark.anyio
@@ -70,7 +70,7 @@ async def test_a_message_id_is_stored_once(bus: Bus) -> None:
 
 async def test_a_head_travels_whatever_it_says(bus: Bus) -> None:
     """A head of any text and of 60 KB (JetStream's limit is 64) arrives as it was sent, with id and delivery count."""
-    head = PartHead(1, 'weiß "\u2028', "b", "r", 7, 0, 1, 3, coverage="ü" * 30_000)
+    head = PartHead(HEAD_VERSION, 'weiß "\u2028', "b", "r", 7, 0, 1, 3, coverage="ü" * 30_000)
     async with pool(bus) as work:
         await bus.publish(RAW, b"body", msg_id="a.7", head=encode_head(head))
         with anyio.fail_after(5):

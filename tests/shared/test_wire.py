@@ -79,7 +79,7 @@ def test_a_newer_part_may_say_more_but_not_speak_another_version() -> None:
     assert batch == wire.decode_raw(msgspec.msgpack.encode([*fields, "news", 1]))
     with pytest.raises(BrokenPromise, match="wire version 7"):
         wire.decode_raw(msgspec.msgpack.encode([7, *fields[1:]]))
-    head = PartHead(1, "n", "b", "r", 0, 0, 1, 0)
+    head = PartHead(wire.HEAD_VERSION, "n", "b", "r", 0, 0, 1, 0)
     assert head == wire.decode_head(msgspec.json.encode({**msgspec.to_builtins(head), "news": []}))
     with pytest.raises(BrokenPromise, match="wire version 7"):
         wire.decode_head(msgspec.json.encode({**msgspec.to_builtins(head), "version": 7}))
@@ -132,12 +132,14 @@ def test_any_node_name_is_one_token(name: str) -> None:
 def test_a_long_head_is_packed_and_comes_back() -> None:
     """A head that would not fit into a header travels packed; one that no packing helps is refused by name."""
     ledger = wire.Ledger(0, 1, [], {}, {})
-    head = wire.PartHead(1, "n", "b", "r", 0, 0, 1, 0, ledger, coverage='{"filters":' + '["/some/folder/**"]' * 20_000)
+    head = wire.PartHead(
+        wire.HEAD_VERSION, "n", "b", "r", 0, 0, 1, 0, ledger, coverage='{"filters":' + '["/some/folder/**"]' * 20_000
+    )
     packed = wire.encode_head(head)
     assert len(packed) < wire.HEAD_MAX_BYTES
     assert "\n" not in packed
     assert head == wire.decode_head(packed)
-    random = wire.PartHead(1, "n", "b", "r", 0, 0, 1, 0, ledger, coverage=secrets.token_hex(100_000))
+    random = wire.PartHead(wire.HEAD_VERSION, "n", "b", "r", 0, 0, 1, 0, ledger, coverage=secrets.token_hex(100_000))
     with pytest.raises(BrokenPromise, match="over 60000"):
         wire.encode_head(random)
 

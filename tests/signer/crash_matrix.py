@@ -38,6 +38,7 @@ from tests.signer.crash_driver import NAME, batches
 from tests.signer.log_kit import Surroundings, surroundings
 
 from stella_shared.evidence import names
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.disk import Disk
 from stella_shared.evidence.keys import load_trusted
 from stella_shared.evidence.report import VALID_LOGGED
@@ -109,7 +110,7 @@ def _to_submit(folder: Path) -> None:
 SCENARIOS: Final[dict[str, Callable[[Path], None]]] = {
     "life": lambda folder: None,
     "torn": _torn,
-    "closing": _ends_before("000002.ndjson"),
+    "closing": _ends_before("000002.ndjson.zst"),
     "unsigned": _ends_before("000003.dsse.json"),
     "head-behind": _ends_before("head.json"),
     "submit": _to_submit,
@@ -325,7 +326,8 @@ class Bench:
         assert (sums.produced, sums.recorded, sums.filtered, sums.lost) == (17, 10, 6, 1), sums
         wanted = sorted(line for _, body in batches() for line in body.splitlines())
         files = sorted((folder / "evidence").glob(f"*.{names.DATA}"))
-        assert wanted == sorted(line for path in files for line in path.read_bytes().splitlines()), "lines differ"
+        lines = sorted(line for path in files for frame in frames_of(path) for line in frame.splitlines())
+        assert wanted == lines, "lines differ"
         statements = {chunk.statement_sha256 for chunk in report.chunks}
         assert {item["statement"] for item in told if "statement" in item} <= statements, "a signed statement is gone"
         acknowledged: set[int] = set()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import msgspec
 import pytest
 from chain_maker import BOOT, COVERAGE, RUN, Source, line, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stella_shared.evidence import records
+from stella_shared.evidence import merkle, records
+from stella_shared.evidence.compressed import FrameReader, Packed, pack, unpack
 from stella_shared.evidence.records import Ledger, Window
 from stella_shared.wire import Closing, LaneRow, decode_head, encode_head
 from stella_shared.wire import Ledger as BatchLedger
@@ -39,6 +42,11 @@ def check(account: Account, before: Ledger | None = None) -> Ledger:
 
 def next_chunk(ledger: Ledger) -> Account:
     return Account(ledger.runs, ledger.ended_runs, ledger.coverage)
+
+
+def lines_in(body: Packed) -> list[bytes]:
+    """Return the lines of a batch's frames."""
+    return b"".join(FrameReader(io.BytesIO(body.frames)).frames()).splitlines()
 
 
 # -- the whole way: parts in disorder ----------------------------------------------------------------------------
@@ -78,14 +86,14 @@ def test_disorder_repetition_and_loss_are_all_accounted_for(data: st.DataObject)
         if data.draw(st.booleans()):
             for batch in intake.take():
                 account.apply(batch.step)
-                lines += batch.body.splitlines()
+                lines += lines_in(batch.body)
         if not account.early() and data.draw(st.integers(0, 5)) == 0:
             before = check(account, before)
             chunks.append(before)
             account = next_chunk(before)
     for batch in intake.take():
         account.apply(batch.step)
-        lines += batch.body.splitlines()
+        lines += lines_in(batch.body)
     while steps := at_the_end(account):
         for step in steps:
             account.apply(step)
@@ -272,12 +280,13 @@ def test_parts_make_a_batch_and_the_first_copy_wins() -> None:
     (head0, body0), (head1, body1) = parts_of(step, body, 2)
     intake = _intake()
     assert intake.offer(head0, body0, "a") == Verdict.KEPT
-    assert intake.offer(head0, b"".join(line(NODE, 9, 9) for _ in range(2)), "b") == Verdict.KEPT
+    assert intake.offer(head0, pack(b"".join(line(NODE, 9, 9) for _ in range(2))), "b") == Verdict.KEPT
     assert (intake.incomplete, intake.complete) == (1, 0)
     assert intake.offer(head1, body1, "c") == Verdict.KEPT
     assert Verdict.KEPT == intake.offer(head1, body1, "d")
     (batch,) = intake.take()
-    assert (body0 + body1, ["a", "b", "c", "d"]) == (batch.body, batch.handles)
+    assert (body0 + body1, ["a", "b", "c", "d"]) == (batch.body.frames, batch.handles)
+    assert merkle.leaf_hashes(unpack(body0) + unpack(body1)) == batch.body.leaves
     assert intake.take() == []
 
 
@@ -287,12 +296,12 @@ def test_lines_that_are_not_all_there_are_lost_in_the_signer() -> None:
     ((head, _),) = parts_of(step, body, 1)
     short = body.splitlines(keepends=True)[:2]
     intake = _intake()
-    intake.offer(msgspec.structs.replace(head, lines=2), b"".join(short), "a")
+    intake.offer(msgspec.structs.replace(head, lines=2), pack(b"".join(short)), "a")
     (batch,) = intake.take()
     account = Account([], [], [])
     account.apply(batch.step)
     assert check(account).lost == {"ring_full": 1, "signer": 3}
-    assert batch.body == b""
+    assert Packed() == batch.body
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from chain_maker import Node, Source, line, parts_of
 
 from stella_shared import subjects
 from stella_shared.bus import Bus
+from stella_shared.evidence.compressed import pack
 from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
 from stella_shared.wire import Beat, Closing, encode_head
@@ -222,7 +223,9 @@ async def test_nonsense_on_the_bus_is_refused_and_named(process: Process, bus: B
     await bus.publish(subjects.enriched(NODE, "file_open"), b"x", msg_id="1", head="{")
     step, body = Source("node-b").batch({0: 1})
     ((head, _),) = parts_of(step, body, 1)
-    await bus.publish(subjects.enriched(NODE, "file_open"), line(NODE, 0, 0) * 2, msg_id="2", head=encode_head(head))
+    await bus.publish(
+        subjects.enriched(NODE, "file_open"), pack(line(NODE, 0, 0) * 2), msg_id="2", head=encode_head(head)
+    )
     beat = await next_beat(bus, lambda b: b.detail.get("refused") == 2)
     assert "its head says 1" in str(beat.detail["last_error"])
     assert await process.stop() == 0

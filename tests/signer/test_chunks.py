@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from chain_maker import COVERAGE, Node, Source, one, small_chain
+from chain_maker import COVERAGE, Node, Source, one, packed, small_chain
 from faulty_disk import FaultyDisk, Killed
 
 from stella_shared.errors import ConfigError, TryAgain
@@ -49,7 +49,7 @@ def feed(store: ChunkStore, told: Batches, acknowledged: set[int]) -> None:
     """Bring every batch that is not in the evidence, as the bus does with what was not acknowledged."""
     for step, body in told:
         if not store.account.is_settled(step.run, step.number):
-            again(lambda step=step, body=body: store.commit([step], [body]))  # type: ignore[misc]
+            again(lambda step=step, body=body: store.commit([step], [packed(body)]))  # type: ignore[misc]
             acknowledged.add(step.number)
             if step.number in CLOSE_AFTER:
                 again(lambda: store.close("size"))
@@ -164,7 +164,7 @@ def test_recovery_closes_what_was_open(tmp_path: Path) -> None:
     told = batches(node.name)
     store.commit(*one(told[0]))
     store.release()
-    with node.file(2, "open.ndjson").open("ab") as file:
+    with node.file(2, "open.ndjson.zst").open("ab") as file:
         file.write(b'{"torn":')
     with node.file(2, "open.journal").open("ab") as file:
         file.write(b"\x40\0\0\0torn")
@@ -201,7 +201,7 @@ def test_data_that_the_disk_lost_is_not_signed(tmp_path: Path) -> None:
     store.commit(*one(told[0]))
     store.commit(*one(told[1]))
     store.release()
-    path = node.file(2, "open.ndjson")
+    path = node.file(2, "open.ndjson.zst")
     path.write_bytes(path.read_bytes()[:-1])
     store = node.open()
     assert store.commits_gone == 1
@@ -226,7 +226,7 @@ def test_removed_evidence_is_noticed(tmp_path: Path) -> None:
     store = node.open()
     told = batches(node.name)
     store.commit(*one(told[0]))
-    node.file(2, "open.ndjson").unlink()
+    node.file(2, "open.ndjson.zst").unlink()
     for _ in range(2):
         with pytest.raises(OSError, match="removed under the running signer"):
             store.commit(*one(told[1]))
@@ -241,21 +241,21 @@ def test_damage_is_refused(tmp_path: Path, damage: str) -> None:
     node = small_chain(tmp_path)
     match damage:
         case "tail":
-            for kind in ("ndjson", "ledger.json", "dsse.json"):
+            for kind in ("ndjson.zst", "ledger.json", "dsse.json"):
                 node.file(4, kind).unlink()
         case "middle":
-            node.file(3, "ndjson").unlink()
+            node.file(3, "ndjson.zst").unlink()
         case "ledger":
             node.file(4, "ledger.json").write_bytes(b"{}")
         case "head":
             other = small_chain(tmp_path / "other", "node-b")
             node.where.head.write_bytes(other.where.head.read_bytes())
         case "journal":
-            node.file(5, "open.ndjson").write_bytes(b"x\n")
+            node.file(5, "open.ndjson.zst").write_bytes(b"x\n")
         case "data":
             node.file(4, "dsse.json").unlink()
             node.where.head.unlink()
-            node.file(4, "ndjson").write_bytes(b"x\n")
+            node.file(4, "ndjson.zst").write_bytes(b"x\n")
     with pytest.raises(ConfigError) as refused:
         node.open()
     assert refused.value.hint

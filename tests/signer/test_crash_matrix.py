@@ -41,7 +41,7 @@ def test_the_slice_has_every_durable_step(slice_results: list[Result]) -> None:
                  "state/keys/trusted.json", "state/keys/signing.key", "evidence/keys/N.pem"):  # fmt: skip
         assert {("write", f"/{name}.tmp"), ("fdatasync", f"/{name}.tmp"), ("openat", f"/{name}.tmp new")} <= calls
         assert {syscall for syscall, role in calls if role == f"/{name}"} & {"rename", "renameat", "renameat2"}
-    for name in ("N.open.ndjson", "N.open.journal"):
+    for name in ("N.open.ndjson.zst", "N.open.journal"):
         steps = {("openat", " new"), ("write", ""), ("fdatasync", ""), ("ftruncate", "")}
         assert {(syscall, f"/evidence/{name}{suffix}") for syscall, suffix in steps} <= calls
     assert {("fsync", "/evidence"), ("fsync", "/state"), ("flock", "/state/signer.lock")} <= calls
@@ -61,7 +61,7 @@ def test_the_matrix_sees_a_loss(tmp_path: Path) -> None:
             bench.check("life", folder, [*told, {"what": "kept", "numbers": [0, 1, 2]}], 0)
         with pytest.raises(AssertionError, match="signed statement is gone"):
             bench.check("life", folder, [*told, {"what": "closed", "statement": "0" * 64}], 0)
-        (folder / "evidence" / "000002.ndjson").write_bytes(b"{}\n")
+        (folder / "evidence" / "000002.ndjson.zst").write_bytes(b"{}\n")
         with pytest.raises(AssertionError, match="edited"):
             bench.check("life", folder, told, 0)
         assert "no call of the folder was failed" in bench.run(Call("life", "write", "", 10_000, "/"), "EIO").problem

@@ -43,7 +43,7 @@ def cleanup(node: Node, disk: Disk | None = None, *, before: str = LATER, must_b
 
 def bare(node: Node) -> list[int]:
     """Return the chunks whose lines are gone."""
-    return [n for n in range(1, 10) if node.file(n, "dsse.json").exists() and not node.file(n, "ndjson").exists()]
+    return [n for n in range(1, 10) if node.file(n, "dsse.json").exists() and not node.file(n, "ndjson.zst").exists()]
 
 
 def test_a_note_stands_in_the_next_ledger_and_its_file_goes(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_cleanup_keeps_a_chain_that_verifies(tmp_path: Path) -> None:
 def test_lines_that_come_back_are_checked_again(tmp_path: Path) -> None:
     """Put back they verify fully; changed ones are seen; and the old note lets them be removed again."""
     node = small_chain(tmp_path)
-    kept = node.file(2, "ndjson").read_bytes()
+    kept = node.file(2, "ndjson.zst").read_bytes()
     cleanup(node)
-    node.file(2, "ndjson").write_bytes(kept)
+    node.file(2, "ndjson.zst").write_bytes(kept)
     assert ["VALID_PENDING", ARCHIVED] == [c.status for c in node.verify().chunks[1:3]]
-    node.file(2, "ndjson").write_bytes(kept.replace(b'"sh"', b'"ls"', 1))
+    node.file(2, "ndjson.zst").write_bytes(kept.replace(b'"sh"', b'"ls"', 1))
     assert {("edited", 2)} == node.codes()
-    node.file(2, "ndjson").write_bytes(kept)
+    node.file(2, "ndjson.zst").write_bytes(kept)
     plan = Cleanup(node.where, node.verify(), ended_before=LATER, must_be_logged=False)
     assert [4] == [n for note in plan.notes() for n in range(note.first, note.last + 1)]
     cleanup(node)
@@ -131,11 +131,11 @@ def test_what_no_note_covers_is_missing(tmp_path: Path) -> None:
     """A removal outside of the noted span is a fault, and so is one that only an earlier chunk speaks of."""
     node = small_chain(tmp_path)
     cleanup(node)
-    node.file(4, "ndjson").unlink()
+    node.file(4, "ndjson.zst").unlink()
     report = node.verify()
     assert {("missing", 4)} == {(f.code, f.chunk) for f in report.faults}
     assert "INVALID" == report.chunks[3].status
-    with pytest.raises(ConfigError, match=r"000004.ndjson is missing"):
+    with pytest.raises(ConfigError, match=r"000004.ndjson.zst is missing"):
         node.open()
 
 
@@ -149,7 +149,7 @@ def test_a_note_cannot_cover_its_own_chunk_or_later_ones(tmp_path: Path) -> None
     store.close("age")
     store.release()
     for index in (5, 6):
-        node.file(index, "ndjson").unlink()
+        node.file(index, "ndjson.zst").unlink()
     assert {("missing", 5), ("missing", 6)} == node.codes()
 
 
@@ -157,12 +157,12 @@ def test_an_unsigned_note_covers_nothing(tmp_path: Path) -> None:
     """Only a signed chunk vouches for a note."""
     node = small_chain(tmp_path)
     cleanup(node)
-    for kind in ("ndjson", "ledger.json", "dsse.json"):
+    for kind in ("ndjson.zst", "ledger.json", "dsse.json"):
         node.file(5, kind).rename(tmp_path / kind)
     node.where.head.unlink()
     assert {("missing", 2), ("missing", 3)} == node.codes()
     (tmp_path / "ledger.json").rename(node.file(5, "ledger.json"))
-    (tmp_path / "ndjson").rename(node.file(5, "ndjson"))
+    (tmp_path / "ndjson.zst").rename(node.file(5, "ndjson.zst"))
     assert {("missing", 2), ("missing", 3)} == node.codes()
 
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 import yaml
 
 from stella_collector.targets import hierarchies
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.verify import verify_chain
 
 HERE = Path(__file__).parent
@@ -144,9 +145,9 @@ class Node:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield every evidence line of the closed chunks."""
-        for path in sorted(self.evidence.glob("*.ndjson")):
-            with path.open() as f:
-                for line in f:
+        for path in sorted(self.evidence.glob("*.ndjson.zst")):
+            for frame in frames_of(path):
+                for line in frame.splitlines():
                     yield json.loads(line)
 
     def ledgers(self) -> list[dict[str, Any]]:

@@ -7,25 +7,49 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.verify import verify_chain
 from tests.system.node import free_port
+
+TYPES = {"file_open", "process_exec", "tcp_state", "net_connect", "ssl_op"}
+
+
+def seen(http: int) -> set[str]:
+    """Return the types of events that the enrichers of a node have seen, none while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http}/status", timeout=5) as reply:
+            services = json.load(reply)["services"]
+    except OSError:
+        return set()
+    return {name for service in services for name in service["detail"].get("events", {})}
+
+
+def eventually(true: Callable[[], bool], seconds: float = 40.0) -> None:
+    """Wait until something is true."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never became true"
+        time.sleep(0.2)
 
 
 def test_the_demo_needs_no_privilege_and_says_what_it_is(tmp_path: Path) -> None:
     """Without any capability the recording becomes a valid chain, whose coverage names the stand-in."""
     config = tmp_path / "stellaops.yaml"
-    config.write_text(yaml.safe_dump({"signals": {"bus": {"port": free_port()}, "metrics": {"port": free_port()}}}))
+    http = free_port()
+    config.write_text(yaml.safe_dump({"signals": {"bus": {"port": free_port()}, "metrics": {"port": http}}}))
     evidence = tmp_path / "demo" / "evidence"
     powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     command = [*powerless, sys.executable, "-m", "stella_cli", "signals", "start", "--demo"]
     command += ["--config", str(config), "--target", str(evidence)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
         try:
-            time.sleep(8)
+            eventually(lambda: TYPES <= seen(http))
             demo.send_signal(signal.SIGINT)
             said, _ = demo.communicate(timeout=40)
         finally:
@@ -38,8 +62,10 @@ def test_the_demo_needs_no_privilege_and_says_what_it_is(tmp_path: Path) -> None
     ledgers = [json.loads(p.read_text()) for p in sorted(evidence.glob("*.ledger.json"))]
     documents = [entry["document"] for ledger in ledgers for entry in ledger["coverage"]]
     assert documents and all(document["stand_in"].startswith("recording ") for document in documents)
-    lines = [json.loads(line) for path in evidence.glob("*.ndjson") for line in path.read_text().splitlines()]
-    assert {"file_open", "process_exec", "tcp_state", "net_connect", "ssl_op"} <= {x["event"]["type"] for x in lines}
+    lines = [
+        json.loads(line) for path in evidence.glob("*.ndjson.zst") for f in frames_of(path) for line in f.splitlines()
+    ]
+    assert TYPES <= {x["event"]["type"] for x in lines}
 
 
 def test_without_root_the_node_says_what_is_missing(tmp_path: Path) -> None:

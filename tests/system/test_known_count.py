@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from stella_shared.events import json_schema
+from stella_shared.evidence.compressed import frames_of
 from tests.system.node import HERE, Node, running
 
 pytestmark = pytest.mark.kernel
@@ -136,7 +137,9 @@ def test_every_line_validates_against_the_schema(node: Node) -> None:
 
 def test_a_subscriber_sees_the_bytes_that_are_signed(node: Node) -> None:
     """`stella signals tail` gives, byte for byte, lines of the evidence."""
-    signed = {line for path in node.evidence.glob("*.ndjson") for line in path.read_bytes().splitlines()}
+    signed = {
+        line for path in node.evidence.glob("*.ndjson.zst") for frame in frames_of(path) for line in frame.splitlines()
+    }
     tailed = node.tailed.splitlines()
     assert len(tailed) > 5 * N
     assert set(tailed) <= signed
@@ -160,13 +163,13 @@ def test_one_changed_byte_is_found(node: Node, tmp_path: Path) -> None:
     copy = tmp_path / "evidence"
     shutil.copytree(node.evidence, copy)
     shutil.copytree(node.state / "keys", tmp_path / "state" / "keys")
-    chunk = max(copy.glob("*.ndjson"), key=lambda p: p.stat().st_size)
+    chunk = max(copy.glob("*.ndjson.zst"), key=lambda p: p.stat().st_size)
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
     done = node.stella("verify-chain", str(copy), check=False)
     assert 1 == done.returncode
     assert "Chain Status: ✗ INVALID" in done.stdout
-    assert f"Chain broken at chunk {int(chunk.stem)}" in done.stdout
+    assert f"Chain broken at chunk {int(chunk.name[:6])}" in done.stdout
     machine = node.stella("verify-chain", str(copy), "--format", "json", check=False)
     assert not json.loads(machine.stdout)["valid"]

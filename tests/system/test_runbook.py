@@ -23,6 +23,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from stella_shared.evidence.compressed import frames_of, pack
 from tests.system.node import Cgroup
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -50,18 +51,18 @@ NOT_RUN = {
     "stella signals resubmit-pending": "no log is configured; tests/system/test_log.py has one",
     "stella signals verify-chain evidence.tar.gz --identity": "keyless; tests/signer/test_remote_keys.py has it",
     "stella signals verify-chain --offline evidence.tar.gz": "needs a log's trusted root; tests/system/test_log.py",
-    "stella signals symbolize 000042.ndjson": "needs frames; tests/cli/test_symbolize.py has them",
+    "stella signals lines 42 | stella signals symbolize": "needs frames; tests/cli/test_symbolize.py has them",
     "stella signals symbolize 93ac61ec5a8eb1396f9fbd350e3169a558528a40": "the same",
     "stella signals inspect registry.example/shop": "no container runs; tests/cli/test_inspect.py",
     "stella signals detach --all": "it would end every node here; tests/system/test_detach.py does without --all",
-    'grep \'"type":"net_connect"\'': "the same way as the line before it, from stdin; tests/evidence/test_proof.py",
+    'stella signals lines 42 | grep \'"type":"net_connect"\'': "as the line before it; tests/evidence/test_proof.py",
 }
 #: Ends other than with 0, by the beginning of the line: which codes are right, and words that tell why.
 ENDS_WITH: dict[str, tuple[set[int], str]] = {
     "stella signals verify-chain /var/lib/stellaops/evidence/#damaged": ({1}, "Chain Status: ✗ INVALID"),
     "stella signals reset-chain --confirm#running": ({10}, "a node is already running on"),
     'grep \'"level": "error"\'': ({1}, ""),
-    "grep '\"argv_redacted\"'": ({1}, ""),
+    "stella signals lines 42 | grep '\"argv_redacted\"'": ({1}, ""),
     "tail -f": ({124}, ""),
     "file /path/to/binary": ({0, 1}, ""),
     # Another node may run on this machine; ours is gone by then, which tests/system/test_detach.py looks at.
@@ -139,8 +140,8 @@ class Walk:
     def closed(self) -> list[Path]:
         """Return the closed chunks that hold more than one line."""
         evidence = self.folder / "var/lib/stellaops/evidence"
-        files = sorted(p for p in evidence.glob("*.ndjson") if p.name.count(".") == 1)
-        return [p for p in files if p.read_bytes().count(b"\n") > 1]
+        files = sorted(p for p in evidence.glob("*.ndjson.zst") if "open" not in p.name)
+        return [p for p in files if lines_of(p).count(b"\n") > 1]
 
     def close(self) -> None:
         self.run("stella signals stop")
@@ -156,10 +157,10 @@ class Walk:
     def real(self, command: str) -> str:
         """Return a line with what exists here in the place of the page's examples."""
         if closed := self.closed():
-            line = json.loads(closed[-1].read_bytes().partition(b"\n")[0])
+            line = json.loads(lines_of(closed[-1]).partition(b"\n")[0])
             place, chunk = f"{line['run']}/{line['lane']}/{line['seq']}", str(int(closed[-1].name[:6]))
             command = command.replace("57e2e7ab61a13058/4/1", place).replace("42:17 42:18", f"{chunk}:1 {chunk}:2")
-            command = command.replace("000042.ndjson", closed[-1].name).replace("/etc/ld.so.cache", "/etc/passwd")
+            command = command.replace("lines 42", f"lines {chunk}").replace("/etc/ld.so.cache", "/etc/passwd")
         if MADE_UP_KEY in command:
             shown = self.run("stella signals init").stdout
             found = re.search(r"signing key\s+(sha256:[0-9a-f]{64})", shown)
@@ -172,6 +173,10 @@ class Walk:
         command = re.sub(r"^tail -f", "timeout 1 tail -f", command)
         command = re.sub(r"^watch -n 5 '(.*)'", r"\1", command)
         return command.replace("--wait 3600", "--wait 1")
+
+
+def lines_of(chunk: Path) -> bytes:
+    return b"".join(frames_of(chunk))
 
 
 def label(shown: str) -> str:
@@ -191,12 +196,12 @@ def walk(tmp_path: Path) -> Iterator[Walk]:
 def damage(walk: Walk, *, undo: bool) -> None:
     """Edit a closed chunk, or put it back."""
     chunk = walk.closed()[0]
-    kept = walk.folder / "kept.ndjson"
+    kept = walk.folder / "kept"
     if undo:
         shutil.copy(kept, chunk)
     else:
         shutil.copy(chunk, kept)
-        chunk.write_bytes(chunk.read_bytes().replace(b'"/etc/', b'"/etd/'))
+        chunk.write_bytes(pack(lines_of(chunk).replace(b'"/etc/', b'"/etd/')))
 
 
 def prepare(walk: Walk, step: Step, running: bool) -> str:

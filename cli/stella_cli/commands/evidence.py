@@ -89,13 +89,35 @@ def prove(events: tuple[str, ...], evidence: str | None, output: str | None, out
     Examples:
       stella signals prove 57e2e7ab61a13058/4/1 --output proof.json
       stella signals prove 42:17 42:18 --output-directory proofs
-      grep '"path":"/etc/shadow"' 000042.ndjson | stella signals prove -
+      stella signals lines 42 | grep '"path":"/etc/shadow"' | stella signals prove -
     Exit codes: 0 written, 1 the evidence is damaged, 4 no such line, 10 not signed yet
     """
     from stella_cli import proving
 
     place = Path(evidence or settings().signals.output_directory)
     proving.prove(list(events), place, output=output, directory=output_directory)
+
+
+@signals.command(short_help="Print the evidence lines of chunks.")
+@everywhere
+@click.argument("chunks", metavar="[CHUNK|FIRST-LAST]...", nargs=-1)
+@click.option("--evidence", type=click.Path(), help="Evidence directory to read from, if it is not the node's.")
+def lines(chunks: tuple[str, ...], evidence: str | None) -> None:
+    """Print the evidence lines of chunks as they were recorded, of all of them when none is named.
+
+    Chunk files are zstd frames of lines, so `zstdcat` prints them as well.
+    Nothing is checked here; that is for `stella signals verify-chain`.
+
+    \b
+    Examples:
+      stella signals lines 42 | grep '"path":"/etc/shadow"'
+      stella signals lines 40-42 | stella signals symbolize
+      stella signals lines --evidence january/evidence > january.ndjson
+    Exit codes: 0 printed, 1 a chunk's file is damaged, 3 it may not be read, 4 no such chunk
+    """
+    from stella_cli import reading
+
+    reading.lines(Path(evidence or settings().signals.output_directory), list(chunks))
 
 
 @signals.command("verify-proof", short_help="Check proofs that lines are in signed chunks.")
@@ -155,7 +177,7 @@ def symbolize(inputs: tuple[str, ...], directories: tuple[str, ...], offline: bo
     \b
     Examples:
       stella signals tail --type net_connect | stella signals symbolize
-      stella signals symbolize 000042.ndjson --debug-directory ./binaries --format json
+      stella signals lines 42 | stella signals symbolize --debug-directory ./binaries --format json
       stella signals symbolize 93ac61ec5a8eb1396f9fbd350e3169a558528a40+0x104cf0
     Exit codes: 0 something was resolved, 1 nothing was (the output has the reasons), 4 no such file
     """

@@ -16,7 +16,8 @@ import msgspec
 from stella_cli.inspection.sightings import Line, Place, Sightings
 from stella_cli.inspection.subject import Subject
 from stella_shared.errors import BadAnswer
-from stella_shared.evidence.lines import MAX_LINE_BYTES, blocks
+from stella_shared.evidence.compressed import FrameReader
+from stella_shared.evidence.lines import MAX_LINE_BYTES
 
 _CONTAINER: Final = re.compile(rb'"container_id":"([^"\\]{1,128})"')
 _KNOWN: Final = (b'"image_digest":"', b'"image_repo_digests":[')
@@ -29,16 +30,23 @@ Progress = Callable[[int], None]
 
 def pieces(path: Path, progress: Progress) -> Iterator[tuple[int, bytes, int]]:
     """Yield (lines before, data, end): whole lines are `data[:end]`; what follows the last newline is not there yet."""
-    rest, lines = b"", 0
-    for block in blocks(path):
-        data = rest + block
-        end = data.rfind(b"\n") + 1
-        yield lines, data, end
-        lines += data.count(b"\n", 0, end)
-        rest = data[end:]
-        if len(rest) > MAX_LINE_BYTES:
-            raise BadAnswer(f"{path}: line {lines + 1} is over {MAX_LINE_BYTES} bytes")
-        progress(len(block))
+    rest, lines, told = b"", 0, 0
+    with path.open("rb", buffering=0) as file:
+        reader = FrameReader(file)
+        try:
+            for block in reader.frames():
+                data = rest + block
+                end = data.rfind(b"\n") + 1
+                yield lines, data, end
+                lines += data.count(b"\n", 0, end)
+                rest = data[end:]
+                if len(rest) > MAX_LINE_BYTES:
+                    raise BadAnswer(f"{path}: line {lines + 1} is over {MAX_LINE_BYTES} bytes")
+                progress(reader.bytes - told)
+                told = reader.bytes
+        except ValueError:
+            # Of a closed chunk verification has told it; the last frame of an open one may be half written.
+            return
 
 
 def line_at(data: bytes, at: int) -> bytes:

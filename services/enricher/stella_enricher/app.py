@@ -37,6 +37,7 @@ from stella_shared import VERSION, clock, lifecycle, metrics, privileges, raw_ba
 from stella_shared.bus import Bus, Message, Work
 from stella_shared.config import Signals, bus_url, bus_user, node_name, selector_texts, symbols_directory
 from stella_shared.errors import BrokenPromise, TryAgain
+from stella_shared.evidence import compressed
 from stella_shared.patterns import PathFilter
 from stella_shared.wire import HEAD_VERSION, Beat, Histogram, PartHead, RawBatch, decode_raw, encode_head
 
@@ -111,8 +112,7 @@ class Enricher:
                 self.frames.hint(batch.programs, batch.records)
             if await self.frames.settle(batch.records if here else b""):
                 enriched = self.lines.build(batch, lambda cgroup: self._container(batch, cgroup))
-            if any(len(part.body) > PART_BYTES_MAX for part in enriched.parts):
-                # A traced program chose names (a library's path) that no message holds; it must not stop the pool.
+            if any(len(part.frame) > PART_BYTES_MAX for part in enriched.parts):
                 raise BrokenPromise(f"its lines are larger than a message may be ({PART_BYTES_MAX} bytes)")
         except BrokenPromise as e:
             self.poisoned += 1
@@ -157,7 +157,7 @@ class Enricher:
             )
             await self._insist(
                 subjects.enriched(batch.node, part.type),
-                part.body,
+                part.frame,
                 f"{batch.run}.{batch.number}.{index}",
                 _head_text(head),
             )
@@ -167,7 +167,7 @@ class Enricher:
         pause = RETRY_SECONDS[0]
         while True:
             try:
-                await self.bus.publish(subject, body, msg_id=msg_id, head=head)
+                await self.bus.publish(subject, body, msg_id=msg_id, head=head, encoding=compressed.ENCODING)
                 self.last_error = ""
                 return
             except TryAgain as e:

@@ -32,6 +32,7 @@ from stella_enricher.runtimes.facts import Pod
 from stella_shared import events
 from stella_shared.errors import BrokenPromise
 from stella_shared.events import FileOpen, FunctionCall, ProcessExec, TcpState, Throttle
+from stella_shared.evidence import compressed
 from stella_shared.kernel_records import CALL_SOURCES, TYPE_NAMES, decode_event, text
 from stella_shared.patterns import PathFilter
 from stella_shared.raw_batches import BATCH_COUNTS, WHAT, WHO, unpack_batch
@@ -51,11 +52,11 @@ _DONE, _NEED_EVENT, _NEED_PLACE, _MALFORMED, _NO_MEMORY = 0, 1, 2, -1, -2
 
 
 class Part(msgspec.Struct, frozen=True):
-    """The lines of one event type of a batch."""
+    """The lines of one event type of a batch, as a frame."""
 
     type: str
     lines: int
-    body: bytes
+    frame: bytes
 
 
 class Enriched(msgspec.Struct, frozen=True):
@@ -207,6 +208,14 @@ def _text(value: str) -> str:
     return _json(value).decode()
 
 
+def _packed(lines: bytes | memoryview) -> bytes:
+    try:
+        return compressed.pack(lines)
+    except ValueError as e:
+        # A traced program chose names (a library's path) that no message holds; it must not stop the pool.
+        raise BrokenPromise(str(e)) from None
+
+
 def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -> Ledger:
     told = {row.lane: row.recorded for row in ledger.lanes if row.recorded}
     if told != counted:
@@ -275,7 +284,7 @@ class PythonLines(Lines):
                 f'{place.before}{comm}{place.between}{fragment.event}{place.after}"lane":{lane},{node}{pid}{place.late}{run}'
                 f'"seq":{seq},{fragment.source}{thread}"ts_ns":{ts}{user}}}\n'
             )
-        parts = [Part(TYPE_NAMES[kind], len(out[kind]), "".join(out[kind]).encode()) for kind in sorted(out)]
+        parts = [Part(TYPE_NAMES[kind], len(out[kind]), _packed("".join(out[kind]).encode())) for kind in sorted(out)]
         return parts, counted, filtered, by_cgroup
 
 
@@ -357,7 +366,9 @@ class CLines(Lines):
         for kind, name in TYPE_NAMES.items():
             at_text = lib.stella_lines_output(table, kind, byref(length), byref(lines))
             if lines.value:
-                parts.append(Part(name, lines.value, ctypes.string_at(at_text, length.value)))
+                # Compressed where they stand: nobody needs a copy.
+                text = (c_uint8 * length.value).from_address(at_text)
+                parts.append(Part(name, lines.value, _packed(memoryview(text).cast("B"))))
         counted, filtered = lib.stella_lines_counts(table, 0), lib.stella_lines_counts(table, 1)
         lanes = [row.lane for row in batch.ledger.lanes if row.lane < self._lanes]
         found = {lane: counted[lane] for lane in lanes if counted[lane]}

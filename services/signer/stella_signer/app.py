@@ -49,6 +49,8 @@ RETRY_SECONDS: Final = 1.0
 LOCK_SECONDS: Final = 30.0
 NOTES_SECONDS: Final = 1.0
 MAX_MESSAGES: Final = 1024
+#: A commit is not put off when this much is in memory.
+COMMIT_BYTES: Final = 16 << 20
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 #: Batches whose way to a signature is timed; at the usual pace of commits, hours.
 _MAX_UNSIGNED: Final = 1 << 20
@@ -204,6 +206,8 @@ class Signer:
                 messages = await work.get(MAX_MESSAGES, LINGER_SECONDS)
             for message in messages:
                 await self._offer(intake, message)
+                if intake.bytes >= COMMIT_BYTES:
+                    await self._commit(store, intake, [])
             steps = self._patience.due(store.account, anyio.current_time())
             if intake.complete or steps:
                 await self._commit(store, intake, steps)

@@ -3,8 +3,8 @@
     open ──commit──▶ open ──close──▶ sealed ──sign──▶ signed        (─▶ stamped ─▶ logged: `submission`)
 
     commit   data, fsync; journal entry, fsync.  Only then may messages be acknowledged.
-    close    NNNNNN.ledger.json whole; rename NNNNNN.open.ndjson → NNNNNN.ndjson; the journal goes, and the
-             files of the notes that the ledger has taken in
+    close    NNNNNN.ledger.json whole; rename NNNNNN.open.ndjson.zst → NNNNNN.ndjson.zst; the journal goes,
+             and the files of the notes that the ledger has taken in
     sign     NNNNNN.cert.pem and NNNNNN.stamps.json, for a keyless signature; NNNNNN.dsse.json whole; head.json whole
 
 A crash at any system call leaves the state before or after that step, and which one it is shows in the files
@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from stella_shared.errors import BrokenPromise, ConfigError, TryAgain
 from stella_shared.evidence import canonical, dsse, merkle, names, notes, records, statement
+from stella_shared.evidence.compressed import Packed
 from stella_shared.evidence.disk import TMP_SUFFIX, Disk
 from stella_shared.evidence.lines import blocks
 from stella_shared.evidence.records import Chain, Head, Ledger, Note, Window
@@ -288,13 +289,17 @@ class ChunkStore:
         path = self._where.chunk(self._index, names.OPEN_DATA)
         with path.open("rb") if path.exists() else open(os.devnull, "rb") as file:
             for commit, size in zip(replay.commits, replay.sizes, strict=True):
-                data = file.read(commit.offset - self.bytes) if commit.offset > self.bytes else b""
+                frames = file.read(commit.offset - self._file_bytes) if commit.offset > self._file_bytes else b""
                 digest = self._hash.copy()
-                digest.update(data)
+                digest.update(frames)
                 if digest.digest() != commit.sha256:
                     # The disk gave back less than it had promised.  What is gone shows as missing batches.
                     break
-                self._add(data, digest, commit.steps)
+                try:
+                    body = Packed.read(frames)
+                except ValueError as e:
+                    raise ConfigError(f"{path} is what was written, and holds no lines: {e}", hint=_RESTORE) from None
+                self._add(body, digest, commit.steps)
                 end, journal_bytes = commit.at, size
                 self.commits_gone -= 1
         self.commits_gone += len(replay.commits)
@@ -341,7 +346,8 @@ class ChunkStore:
         self._opened = opened
         self._hash = sha256()
         self._tree = merkle.frontier()
-        self._journal_bytes = 0
+        self._journal_bytes = self._file_bytes = 0
+        #: Length of the lines; in the file they take less.
         self.bytes = 0
         self.recovering = False
 
@@ -360,19 +366,22 @@ class ChunkStore:
         """Length of the open chunk's journal."""
         return self._journal_bytes
 
-    def commit(self, steps: list[Step], bodies: list[bytes]) -> None:
-        """Make batches durable.  After this returns, and not before, they may be acknowledged."""
+    def commit(self, steps: list[Step], bodies: list[Packed]) -> None:
+        """Make batches durable.  Frames are appended as they come, and were looked at by the caller.
+
+        After this returns, and not before, they may be acknowledged."""
         self.sign()
         self._open_files()
         if self._dirty:
             self._restore()
-        data = b"".join(bodies)
+        body = Packed.join(bodies)
         digest = self._hash.copy()
-        digest.update(data)
-        entry = journal.frame(journal.Commit(self.bytes + len(data), digest.digest(), self._now(), steps))
+        digest.update(body.frames)
+        end = self._file_bytes + len(body.frames)
+        entry = journal.frame(journal.Commit(end, digest.digest(), self._now(), steps))
         self._dirty = True
-        if data:
-            self._disk.write(self._data, data)
+        if body.frames:
+            self._disk.write(self._data, body.frames)
             self._disk.sync(self._data)
         self._disk.write(self._journal, entry)
         self._disk.sync(self._journal)
@@ -380,13 +389,14 @@ class ChunkStore:
             raise OSError(errno.ENOENT, _REMOVED, str(self._where.chunk(self._index, names.OPEN_DATA)))
         self._dirty = False
         self._journal_bytes += len(entry)
-        self._add(data, digest, steps)
+        self._add(body, digest, steps)
 
-    def _add(self, data: bytes, digest: Any, steps: list[Step]) -> None:
-        """Take durable data and its steps into the running sums."""
-        self._tree.add_lines(data)
+    def _add(self, body: Packed, digest: Any, steps: list[Step]) -> None:
+        """Take durable lines and their steps into the running sums."""
+        self._tree.add_hashes(body.leaves)
         self._hash = digest
-        self.bytes += len(data)
+        self.bytes += body.length
+        self._file_bytes += len(body.frames)
         for step in steps:
             self.account.apply(step)
 
@@ -417,7 +427,7 @@ class ChunkStore:
         """Cut both files to the last commit: after a failed write nobody knows what is behind it."""
         if not self._journal_bytes:
             self._write_opening()
-        self._disk.truncate(self._data, self.bytes)
+        self._disk.truncate(self._data, self._file_bytes)
         self._disk.truncate(self._journal, self._journal_bytes)
         self._disk.sync(self._data)
         self._disk.sync(self._journal)

@@ -14,8 +14,8 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from stella_shared.errors import BrokenPromise
-from stella_shared.evidence import merkle
 from stella_shared.evidence.canonical import MAX_SAFE_INTEGER
+from stella_shared.evidence.compressed import Packed
 from stella_shared.wire import Ledger, PartHead, ledger_faults
 from stella_signer.steps import Settle
 
@@ -41,10 +41,10 @@ class Verdict(Enum):
 
 
 class Batch(msgspec.Struct, Generic[T], frozen=True):
-    """A complete batch: its step, the bytes of its lines, and the handles of its parts."""
+    """A complete batch: its step, its lines, and the handles of its parts."""
 
     step: Settle
-    body: bytes
+    body: Packed
     handles: list[T]
     drained_ns: int
 
@@ -55,7 +55,7 @@ class _Parts(Generic[T]):
     def __init__(self, parts: int) -> None:
         self.parts = parts
         self.heads: dict[int, PartHead] = {}
-        self.bodies: dict[int, bytes] = {}
+        self.bodies: dict[int, Packed] = {}
         self.handles: dict[int, list[T]] = {}
 
 
@@ -73,16 +73,23 @@ class Intake(Generic[T]):
         self._waiting: dict[tuple[str, int], _Parts[T]] = {}
         self._complete: dict[tuple[str, int], Batch[T]] = {}
         self._causes: set[str] = set()
+        #: What the complete batches take in memory.
         self.bytes = 0
         self.last_refusal = ""
 
-    def offer(self, head: PartHead, body: bytes, handle: T) -> Verdict:
-        """Take a part and return what becomes of it.
+    def offer(self, head: PartHead, data: bytes, handle: T) -> Verdict:
+        """Take a part, the frame of its lines in `data`, and return what becomes of it.
 
         A refused part is counted by nobody here: its batch will be missing, and missing batches are lost.
         """
         place = (head.run, head.number)
-        if fault := self._fault(head, body):
+        body = Packed()
+        try:
+            body = Packed.of(data)
+            fault = self._fault(head, body.lines)
+        except ValueError as e:
+            fault = str(e)
+        if fault:
             self.last_refusal = f"run {head.run} batch {head.number} part {head.part}: {fault}"
             return Verdict.REFUSED
         if self._is_settled(*place):
@@ -134,20 +141,20 @@ class Intake(Generic[T]):
         ledger = first.ledger
         if ledger is None:
             raise BrokenPromise("a part 0 without a ledger was let in")
-        body = b"".join(parts.bodies[part] for part in range(parts.parts))
+        body = Packed.join([parts.bodies[part] for part in range(parts.parts)])
         lines = sum(head.lines for head in parts.heads.values())
         recorded = sum(row.recorded for row in ledger.lanes)
         if lines != recorded:
             self.last_refusal = f"run {first.run} batch {first.number}: {lines} lines, but its ledger says {recorded}"
             # The ledger is honest and the lines are not all there: none is kept, and all are counted.
-            ledger, body, lines = _all_lost(ledger), b"", 0
+            ledger, body, lines = _all_lost(ledger), Packed(), 0
         step = Settle(
             first.boot_id, first.run, first.number, lines, ledger, first.coverage, first.final, first.closings
         )
         self._complete[place] = Batch(step, body, _all(parts), first.drained_ns)
-        self.bytes += len(body)
+        self.bytes += len(body.frames) + len(body.leaves)
 
-    def _fault(self, head: PartHead, body: bytes) -> str:
+    def _fault(self, head: PartHead, lines: int) -> str:
         """Return why a part cannot be taken, or ""."""
         if head.node != self._node:
             return f"it is of node {head.node!r}"
@@ -158,8 +165,7 @@ class Intake(Generic[T]):
             return f"part {head.part} of {head.parts}, batch {head.number} cannot be"
         if (self._boot_of(head.run) or head.boot_id) != head.boot_id:
             return f"its run belongs to another boot than {head.boot_id}"
-        lines = merkle.count_lines(body)
-        if head.lines != lines or (body and not body.endswith(b"\n")):
+        if head.lines != lines:
             return f"{lines} lines, but its head says {head.lines}"
         if head.part:
             return ""

@@ -30,7 +30,7 @@ class Opening(msgspec.Struct, frozen=True, array_like=True, tag="opening"):
 
 
 class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
-    """A group commit: where the data ends after it, its running SHA-256, when, and the steps it took."""
+    """A group commit: where the data file ends after it, its running SHA-256, when, and the steps it took."""
 
     offset: int
     sha256: bytes

@@ -1,6 +1,6 @@
 """Streams chunk files: digest, Merkle root and every line's check, on all cores, in bounded memory.
 
-    this thread:   read a block → SHA-256 of the file ………………………… → tree, numbers, doubtful lines
+    this thread:   read a file, SHA-256 of it, unpack ………………………… → tree, numbers, doubtful lines
     pool:                         └ lines of the block: places (lines.c), leaf hashes (merkle.c) ┘
 
 Blocks are worked on in any order and taken in in theirs.  There is a fixed number of them, used again and again.
@@ -10,19 +10,19 @@ Without the parts in C the same is done in Python, in this thread.
 from __future__ import annotations
 
 import ctypes
-import io
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ctypes import byref, c_uint8, c_uint64
-from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from stella_shared.evidence import merkle, native_lines
+from stella_shared.evidence.compressed import FrameReader, LineStream
 from stella_shared.evidence.lines import MAX_LINE_BYTES, Digest, LineChecker
 from stella_shared.evidence.merkle import Frontier
 from stella_shared.evidence.native_lines import Place, Table
@@ -31,6 +31,8 @@ BLOCK_BYTES: Final = 512 << 10
 _THREADS_MAX: Final = 5
 #: Lines of a block that are worked on at once.  More, which only bad lines are short enough for, take longer.
 _LINES_MAX: Final = 8192
+#: By which lines shrink, more or less: a file with less than a block's worth of them is not worth the threads.
+_USUAL_RATIO: Final = 16
 #: Room for the beginning of a line, from the block before.
 _REST_USUALLY: Final = 16 << 10
 
@@ -43,16 +45,16 @@ class _Block:
         self._make_room(size + _REST_USUALLY)
         self.at = self.end = self.filled = 0
 
-    def fill(self, file: io.FileIO, rest: bytes) -> memoryview:
-        """Put `rest` and the next bytes of the file here; return the latter, which are empty at its end."""
+    def fill(self, stream: LineStream, rest: bytes) -> int:
+        """Put `rest` and the next bytes of the stream here; return how many the latter are, 0 at its end."""
         begin, room = len(rest), len(rest) + self._size
         if len(self.data) < room:
             self._make_room(room)
         self.data[:begin] = rest
-        view = memoryview(self.data)
-        self.filled = begin + (file.readinto(view[begin:room]) or 0)
+        fresh = stream.readinto(memoryview(self.data)[begin:room])
+        self.filled = begin + fresh
         self.at, self.end = 0, self.data.rfind(b"\n", begin, self.filled) + 1
-        return view[begin : self.filled]
+        return fresh
 
     def _make_room(self, size: int) -> None:
         self.data = bytearray(size)
@@ -148,12 +150,18 @@ class ChunkReader:
             self._pool.shutdown()
 
     def read(
-        self, path: Path, checker: LineChecker | None = None, progress: Callable[[int], None] | None = None
+        self,
+        path: Path,
+        checker: LineChecker | None = None,
+        progress: Callable[[int], None] | None = None,
+        *,
+        limit: int = sys.maxsize,
     ) -> Digest:
         """Return what the file is; `checker` has then seen each of its lines.
 
-        `progress` is called with the number of bytes of each block.  Raises `ValueError` for a line over
-        `MAX_LINE_BYTES`, and `OSError`.
+        No more than `limit` bytes of lines are unpacked: what goes on behind them is damage, like what is no
+        lines at all.  `progress` is called with the number of bytes of the file that were read.  Raises
+        `ValueError` for a line over `MAX_LINE_BYTES`, and `OSError`.
         """
         table = checker.table() if checker is not None and self._native else None
         waiting: _Waiting = deque()
@@ -161,16 +169,16 @@ class ChunkReader:
             with path.open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if checker is not None:
-                    checker.numbers.expect(size)
-                # One block alone is done sooner than handed over.
-                pool = self._pool if size > self._block_bytes else None
+                    checker.expect(size)
                 return self._read(
-                    file,
-                    pool=pool,
+                    FrameReader(file),
+                    # One block alone is done sooner than handed over.
+                    pool=self._pool if size > self._block_bytes // _USUAL_RATIO else None,
                     waiting=waiting,
                     checker=checker,
                     table=table,
                     progress=progress or (lambda done: None),
+                    limit=limit,
                 )
         finally:
             # Blocks are used again: after a failure too nobody may be working on one.
@@ -178,16 +186,17 @@ class ChunkReader:
 
     def _read(
         self,
-        file: io.FileIO,
+        file: FrameReader,
         *,
         pool: ThreadPoolExecutor | None,
         waiting: _Waiting,
         checker: LineChecker | None,
         table: Table | None,
         progress: Callable[[int], None],
+        limit: int,
     ) -> Digest:
-        digest, tree = sha256(), merkle.frontier()
-        size, rest = 0, b""
+        tree, stream = merkle.frontier(), LineStream(file)
+        size, rest, told, damage = 0, b"", 0, ""
 
         def take_in(until: int) -> None:
             while len(waiting) > until:
@@ -205,17 +214,26 @@ class ChunkReader:
 
         for block in cycle(self._blocks):
             take_in(len(self._blocks) - 1)
-            fresh = block.fill(file, rest)
+            try:
+                fresh = block.fill(stream, rest)
+            except ValueError as e:
+                damage = str(e)
+                break
             if not fresh:
                 break
             if block.first_line_bytes() > MAX_LINE_BYTES:
                 raise too_long()
+            size += fresh
+            if size > limit:
+                damage = f"it holds more than the {limit} bytes of lines that its ledger tells of"
+                break
             waiting.append((block, pool.submit(block.work, table) if pool else None))
-            digest.update(fresh)
-            size += len(fresh)
             rest = block.rest()
             if len(rest) > MAX_LINE_BYTES:
                 raise too_long()
-            progress(len(fresh))
+            progress(file.bytes - told)
+            told = file.bytes
         take_in(0)
-        return Digest(size, tree.size, digest.hexdigest(), tree.root().hex(), not rest)
+        file.rest()
+        progress(file.bytes - told)
+        return Digest(size, tree.size, file.sha256.hexdigest(), tree.root().hex(), not rest, damage)

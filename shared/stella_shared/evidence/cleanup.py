@@ -1,6 +1,6 @@
 """Cleaning up: the lines of old chunks go, everything that proves the chain stays.
 
-    verify the chain → note the spans → the signer records the notes, signed → remove NNNNNN.ndjson, sync
+    verify the chain → note the spans → the signer records the notes, signed → remove NNNNNN.ndjson.zst, sync
 
 Ledgers, envelopes and proofs stay, so links, signatures and accounting can be checked from the first chunk on.
 The note is signed before the first file goes: a crash anywhere leaves a chain that verifies, and the next
@@ -96,8 +96,8 @@ class Cleanup:
 
     @property
     def bytes(self) -> int:
-        """The length of the lines that can go."""
-        return sum(self._chunks[index].bytes for index in self.indexes)
+        """What the lines that can go take on the disk."""
+        return sum(self._where.chunk(index, names.DATA).stat().st_size for index in self.indexes)
 
     def notes(self) -> list[Note]:
         """Return a note for each span of removable chunks that no signed note accounts for yet."""

@@ -71,9 +71,11 @@ def faults(chunk: Read, around: Surroundings) -> list[Fault]:
         fault("spliced", f"{ledger_name} is of chain {ledger.chain_id}")
     if ledger.index != index:
         fault("reordered", f"{ledger_name} says that it is chunk {ledger.index}")
-    if digest and data_fits and _shape(digest) != (ledger.bytes, ledger.lines, ledger.merkle_root, ledger.sha256):
+    if digest and data_fits and digest.damage:
+        fault("malformed", f"{data_name}: {digest.damage}")
+    elif digest and data_fits and _shape(digest) != (ledger.bytes, ledger.lines, ledger.merkle_root, ledger.sha256):
         fault("bundle_mismatch", f"{ledger_name} does not describe {data_name}")
-    if digest and data_fits and not digest.complete:
+    elif digest and data_fits and not digest.complete:
         fault("malformed", f"{data_name} does not end with a newline")
     if stated and stated != statement.build(ledger, chunk.ledger_sha256, _context(stated)):
         fault("bundle_mismatch", "statement and ledger do not describe the same thing")

@@ -20,20 +20,27 @@ from stella_shared.wire import LANE_KINDS, UPROBE_KIND
 MAX_LINE_BYTES: Final = 8 << 20
 _BLOCK_BYTES: Final = 1 << 20
 _FAULTS_MAX: Final = 5
+#: For lines that shrink more than this, the numbers take more memory.
+_RATIO_MAX: Final = 200
 
 
 class Digest(msgspec.Struct, frozen=True):
-    """What a chunk file is, as bytes.  `complete` is false when it does not end in a newline."""
+    """What a chunk file is: `sha256` is of the file, all else of the lines in it.
+
+    `damage` says why lines are not all there: what is behind it is in the digest alone.  `complete` is false when
+    the lines do not end in a newline.
+    """
 
     bytes: int
     lines: int
     sha256: str
     merkle_root: str
     complete: bool
+    damage: str = ""
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks."""
+    """Yield a file's own bytes in blocks."""
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
@@ -51,6 +58,7 @@ class LineChecker:
 
     def __init__(self, ledger: Ledger, node: str) -> None:
         self._node = node
+        self._bytes = ledger.bytes
         self._runs = {run.run: run for run in ledger.runs}
         rows = {(run.run, row.lane): row for run in ledger.runs for row in run.lanes}
         order = sorted(rows, key=lambda place: (native_lines.text(place[0]), place[1]))
@@ -69,6 +77,10 @@ class LineChecker:
         self._lanes = {place: index for index, place in enumerate(order)}
         self.numbers = LaneNumbers(list(self._ranges.values()))
         self._faults: list[LineFault] = []
+
+    def expect(self, file_bytes: int) -> None:
+        """Make room for the lines of a file of that size: as many as the ledger says, within reason."""
+        self.numbers.expect(min(self._bytes, file_bytes * _RATIO_MAX))
 
     def table(self) -> native_lines.Table | None:
         """Return what `lines.c` holds lines against, or None where it was not built."""

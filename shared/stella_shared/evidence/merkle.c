@@ -1,75 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
- * RFC 6962 tree hashing over newline-ended lines, with libcrypto's SHA-256.  merkle.py says what it computes.
- *
- * The low-level SHA256_* functions are used on purpose: EVP allocates for every digest, which costs as much as
- * hashing a line.  They are declared here so that no development package is needed.
- */
-#include <stdint.h>
-#include <string.h>
+/* RFC 6962 tree hashing over newline-ended lines. merkle.py says what it computes. */
+#include "sha256.h"
 
-typedef struct {
-	uint64_t room[32]; /* more than any libcrypto's SHA256_CTX (112 bytes) */
-} SHA256_CTX;
-int SHA256_Init(SHA256_CTX *c);
-int SHA256_Update(SHA256_CTX *c, const void *data, size_t len);
-int SHA256_Final(unsigned char *md, SHA256_CTX *c);
+enum { LEAF = 0, NODE = 1 };
 
 struct frontier {
 	uint64_t size;		/* leaves; bit n set: level[n] holds a complete subtree of 2^n leaves */
 	uint8_t level[64][32];
 };
-
-static void node(const uint8_t left[32], const uint8_t right[32], uint8_t out[32])
-{
-	uint8_t both[65];
-	SHA256_CTX c;
-	both[0] = 1;
-	memcpy(both + 1, left, 32);
-	memcpy(both + 33, right, 32);
-	SHA256_Init(&c);
-	SHA256_Update(&c, both, sizeof(both));
-	SHA256_Final(out, &c);
-}
-
-static void append(struct frontier *f, const uint8_t leaf[32])
-{
-	uint8_t hash[32];
-	int n = 0;
-	memcpy(hash, leaf, 32);
-	for (; f->size >> n & 1; n++)
-		node(f->level[n], hash, hash);
-	memcpy(f->level[n], hash, 32);
-	f->size++;
-}
-
-static void leaf(const uint8_t *line, size_t length, uint8_t out[32])
-{
-	static const uint8_t prefix = 0;
-	SHA256_CTX c;
-	SHA256_Init(&c);
-	SHA256_Update(&c, &prefix, 1);
-	SHA256_Update(&c, line, length);
-	SHA256_Final(out, &c);
-}
-
-/* Append every line of `data`, which ends with a newline or is empty. Return how many there were. */
-uint64_t stella_merkle_add_lines(struct frontier *f, const uint8_t *data, uint64_t length)
-{
-	const uint8_t *end = data + length;
-	uint64_t lines = 0;
-	while (data < end) {
-		const uint8_t *newline = memchr(data, '\n', end - data);
-		if (!newline)
-			break;
-		uint8_t hash[32];
-		leaf(data, newline - data, hash);
-		append(f, hash);
-		data = newline + 1;
-		lines++;
-	}
-	return lines;
-}
 
 /*
  * Put the leaf hashes of the first `max` lines of `data` to `out`, back to back. Return how many there were, and in
@@ -78,31 +16,47 @@ uint64_t stella_merkle_add_lines(struct frontier *f, const uint8_t *data, uint64
 uint64_t stella_merkle_leaves(const uint8_t *data, uint64_t length, uint64_t max, uint8_t *out, uint64_t *consumed)
 {
 	const uint8_t *p = data, *end = data + length;
+	struct batch batch;
 	uint64_t lines = 0;
+	sha256_begin(&batch);
 	while (lines < max && p < end) {
 		const uint8_t *newline = memchr(p, '\n', end - p);
 		if (!newline)
 			break;
-		leaf(p, newline - p, out + lines * 32);
+		sha256_put(&batch, LEAF, p, newline - p, out + lines * 32);
 		p = newline + 1;
 		lines++;
 	}
+	sha256_flush(&batch);
 	*consumed = p - data;
 	return lines;
 }
 
-/* How many newlines there are. The plain loop is what the compiler turns into vector code. */
-uint64_t stella_merkle_count_lines(const uint8_t *data, uint64_t length)
+/*
+ * Append `count` leaf hashes that stand back to back in `row`, which is used up: it holds the nodes of each level in
+ * turn. The nodes of a level do not depend on each other.
+ */
+void stella_merkle_add(struct frontier *f, uint8_t *row, uint64_t count)
 {
-	uint64_t lines = 0;
-	for (uint64_t i = 0; i < length; i++)
-		lines += data[i] == '\n';
-	return lines;
-}
-
-/* Append `count` leaf hashes that stand back to back. */
-void stella_merkle_add(struct frontier *f, const uint8_t *leaves, uint64_t count)
-{
-	for (uint64_t i = 0; i < count; i++)
-		append(f, leaves + i * 32);
+	uint64_t size = f->size;
+	struct batch batch;
+	sha256_begin(&batch);
+	f->size += count;
+	for (int n = 0; count; n++, size >>= 1) {
+		uint64_t nodes = 0, at = 0;
+		if (size & 1) { /* the subtree that waits here, and the first of the row */
+			uint8_t both[64];
+			memcpy(both, f->level[n], 32);
+			memcpy(both + 32, row, 32);
+			/* Its place in the row is free as soon as it was copied. */
+			sha256_put(&batch, NODE, both, 64, row);
+			nodes = at = 1;
+		}
+		for (; at + 1 < count; at += 2)
+			sha256_put(&batch, NODE, row + at * 32, 64, row + nodes++ * 32);
+		sha256_flush(&batch);
+		if (at < count)
+			memcpy(f->level[n], row + at * 32, 32);
+		count = nodes;
+	}
 }

@@ -8,7 +8,8 @@ import msgspec
 
 CHAIN = "chain.json"
 KEYS = "keys"
-DATA = "ndjson"
+#: The lines: zstd frames of NDJSON (`compressed`).
+DATA = "ndjson.zst"
 LEDGER = "ledger.json"
 ENVELOPE = "dsse.json"
 #: Beside a signed chunk there may be its Sigstore bundle, its timestamps and its certificate.
@@ -17,7 +18,7 @@ STAMPS = "stamps.json"
 CERTIFICATE = "cert.pem"
 #: An export's signed manifest; a directory that exports were joined in holds several.
 MANIFEST = "manifest.dsse.json"
-OPEN_DATA = "open.ndjson"
+OPEN_DATA = "open.ndjson.zst"
 OPEN_JOURNAL = "open.journal"
 PROOFS = (BUNDLE, STAMPS, CERTIFICATE)
 KINDS = (DATA, LEDGER, ENVELOPE, *PROOFS, OPEN_DATA, OPEN_JOURNAL)

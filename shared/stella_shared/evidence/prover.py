@@ -9,7 +9,7 @@ proof is made only of a chunk whose bytes are what its statement says, under a s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -18,8 +18,9 @@ import msgspec
 
 from stella_shared.errors import BadAnswer, NotFound, NotPermitted, TryAgain, UsageError
 from stella_shared.evidence import canonical, dsse, keys, merkle, merkle_paths, names, proof, records, statement
+from stella_shared.evidence.compressed import FrameReader
 from stella_shared.evidence.directory import MAX_JSON_BYTES, read
-from stella_shared.evidence.lines import MAX_LINE_BYTES, blocks
+from stella_shared.evidence.lines import MAX_LINE_BYTES
 from stella_shared.evidence.proof import Proof
 from stella_shared.evidence.records import Chain, Ledger
 from stella_shared.evidence.statement import Statement
@@ -100,6 +101,15 @@ def place_of(line: bytes) -> Place:
         placed = msgspec.json.decode(line, type=_Placed)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as e:
         raise ValueError(f"no evidence line: {e}") from None
+    return Place(placed.run, placed.lane, placed.seq)
+
+
+def _placed(decode: Callable[[bytes], _Placed], line: bytes) -> Place | None:
+    """Return the place of a line, None for what has none: whatever it is, it is not what was asked for."""
+    try:
+        placed = decode(line)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
     return Place(placed.run, placed.lane, placed.seq)
 
 
@@ -323,29 +333,29 @@ class Prover:
         return self._read(f"{names.KEYS}/{name}")
 
     def _scan(self, index: int, wanted: set[Place | LineOf]) -> _Scan:
-        digest, hashes, rest = sha256(), bytearray(), b""
+        hashes, rest = bytearray(), b""
         found: dict[Place | LineOf, tuple[int, bytes]] = {}
         by_place = any(isinstance(at, Place) for at in wanted)
         decode = msgspec.json.Decoder(_Placed).decode
-        for block in blocks(self._evidence / names.chunk_file(index, names.DATA)):
-            digest.update(block)
-            lines = (rest + block).split(b"\n")
-            rest = lines.pop()
-            if len(rest) > MAX_LINE_BYTES:
-                raise _damaged(f"chunk {index} has a line of more than {MAX_LINE_BYTES} bytes")
-            first = len(hashes) // merkle_paths.HASH_BYTES
-            hashes += b"".join(merkle.leaves(lines))
-            for leaf, line in enumerate(lines, first):
-                if (at := LineOf(index, leaf + 1)) in wanted:
-                    found[at] = leaf, line
-                if by_place:
-                    try:
-                        placed = decode(line)
-                    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-                        continue  # whatever it is, it is not what was asked for
-                    if (here := Place(placed.run, placed.lane, placed.seq)) in wanted:
-                        found.setdefault(here, (leaf, line))
-        return _Scan(digest.hexdigest(), hashes, found)
+        name = names.chunk_file(index, names.DATA)
+        with (self._evidence / name).open("rb", buffering=0) as file:
+            reader = FrameReader(file)
+            try:
+                for block in reader.frames():
+                    lines = (rest + block).split(b"\n")
+                    rest = lines.pop()
+                    if len(rest) > MAX_LINE_BYTES:
+                        raise _damaged(f"chunk {index} has a line of more than {MAX_LINE_BYTES} bytes")
+                    first = len(hashes) // merkle_paths.HASH_BYTES
+                    hashes += b"".join(merkle.leaves(lines))
+                    for leaf, line in enumerate(lines, first):
+                        if (at := LineOf(index, leaf + 1)) in wanted:
+                            found[at] = leaf, line
+                        if by_place and (here := _placed(decode, line)) in wanted:
+                            found.setdefault(here, (leaf, line))
+            except ValueError as e:
+                raise _damaged(f"{name}: {e}") from None
+        return _Scan(reader.sha256.hexdigest(), hashes, found)
 
     def _read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         return read(self._evidence / name, limit)

@@ -296,10 +296,11 @@ class _Walk:
         ledger_bytes = self._ledger_bytes(index) if names.LEDGER in files else None
         ledger, ledger_sha256, form = self._ledger(ledger_bytes)
         checker = LineChecker(ledger, self._chain.node) if ledger and self._chain else None
-        digest = self._digest(index, checker) if names.DATA in files else None
+        limit = ledger.bytes if ledger else 0
+        digest = self._digest(index, checker, limit) if names.DATA in files else None
         self._hold(Read(index, stated, ledger, ledger_sha256, form, digest))
         if ledger is not None:
-            data_is_signed = digest is not None and digest.sha256 == ledger.sha256
+            data_is_signed = digest is not None and digest.sha256 == ledger.sha256 and not digest.damage
             self._identity(index, ledger, checker if data_is_signed else None)
             for message in notes.form_faults(ledger):
                 self._fault("malformed", index, message)
@@ -395,9 +396,10 @@ class _Walk:
         except ValueError as e:
             return None, digest, str(e)
 
-    def _digest(self, index: int, checker: LineChecker | None) -> Digest | None:
+    def _digest(self, index: int, checker: LineChecker | None, limit: int) -> Digest | None:
+        path = self._directory / names.chunk_file(index, names.DATA)
         try:
-            return self._reader.read(self._directory / names.chunk_file(index, names.DATA), checker, self._count)
+            return self._reader.read(path, checker, self._count, limit=limit)
         except ValueError as e:
             self._fault("malformed", index, str(e))
             return None
