@@ -17,6 +17,7 @@ import pytest
 
 from stella_shared import kernel_records, raw_batches, subjects
 from stella_shared.bus import Bus
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.verify import verify_chain
 from tests.collector.crash_driver import GOING_ON, WORKING
 from tests.collector.functions_kit import CALLER, compiled
@@ -106,8 +107,9 @@ class Chain:
         assert runs[-1]["final"] and not any(row["unclean"] or row["missing"] for row in runs)
         return [
             json.loads(line)
-            for path in sorted(self._evidence.glob("*.ndjson"))
-            for line in path.read_text().splitlines()
+            for path in sorted(self._evidence.glob("*.ndjson.zst"))
+            for frame in frames_of(path)
+            for line in frame.splitlines()
         ]
 
     def kill(self) -> None:

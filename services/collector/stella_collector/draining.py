@@ -29,8 +29,8 @@ from stella_shared.wire import RAW_VERSION, Closing, Histogram, Ledger, RawBatch
 
 log = logging.getLogger(__name__)
 
-#: One batch holds at most this much of the ring: some 3,000 opens.
-BATCH_BYTES: Final = 512 << 10
+#: One batch holds at most this much of the ring: some 5,000 opens.
+BATCH_BYTES: Final = 1 << 20
 MISSED_SECONDS: Final = 0.5
 #: Programs that were running when they were detached have ended after this.
 DETACHED_SECONDS: Final = 0.05

@@ -37,8 +37,8 @@
 #define LANE_KINDS 4
 #define LANE_UPROBE 3
 
-#define SLOTS 16384 /* of each table: four times the events of a batch */
-#define MAX_EVENTS 4096
+#define SLOTS 32768 /* of each table: four times the events of a batch */
+#define MAX_EVENTS 8192
 #define PROBES 16
 
 struct who {
@@ -89,6 +89,7 @@ struct drained {
 	uint64_t first_ts_ns, last_ts_ns;
 	uint64_t whos, whats, what_bytes;
 	uint64_t malformed; /* records whose size or lane cannot be; must stay 0 */
+	uint64_t span;	    /* bytes of the ring that were read */
 };
 
 /* The head of every record: bpf/include/stella_record.h, struct stella_header. */
@@ -316,6 +317,7 @@ void stella_ring_drain(struct ring *r, uint64_t capacity, struct lane *lanes, ui
 	result->what_bytes = whats_used;
 	result->bytes = events ? 16 + whos * sizeof(struct who) + whats_used + events * sizeof(struct event) : 0;
 	result->left = end - at;
+	result->span = at - begin;
 	if (events) {
 		result->first_ts_ns = r->events[0].ts_ns;
 		result->last_ts_ns = r->events[events - 1].ts_ns;

@@ -34,10 +34,15 @@ RECORD_MAX_BYTES: Final = 8192
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """What one drain brought.  `records` is a batch (see `stella_shared.events`); `left` is bytes still waiting."""
+    """What one drain brought.
+
+    `records` is a batch (see `stella_shared.raw_batches`); `span` is the bytes of the ring that were read for it,
+    `left` those that still wait.
+    """
 
     records: bytes
     count: int
+    span: int
     left: int
     first_ts_ns: int
     last_ts_ns: int
@@ -80,6 +85,7 @@ class _Result(ctypes.Structure):
             "whats",
             "what_bytes",
             "malformed",
+            "span",
         )
     ]
 
@@ -165,7 +171,7 @@ class CRing:
             self._out = ctypes.create_string_buffer(2 * result.bytes)
         self._lib.stella_ring_batch(self._ring, ctypes.byref(result), self._out)
         data = ctypes.string_at(self._out, result.bytes)
-        return Drained(data, result.records, result.left, result.first_ts_ns, result.last_ts_ns)
+        return Drained(data, result.records, result.span, result.left, result.first_ts_ns, result.last_ts_ns)
 
     def seen(self) -> bytes:
         return self._lanes.raw
@@ -232,7 +238,7 @@ class LibbpfRing:
         data = pack_batch(taken)
         first = struct.unpack_from("<Q", taken[0])[0] if taken else 0
         last = struct.unpack_from("<Q", taken[-1])[0] if taken else 0
-        return Drained(data, len(taken), self.waiting(), first, last)
+        return Drained(data, len(taken), sum(map(len, taken)), self.waiting(), first, last)
 
     def seen(self) -> bytes:
         return b"".join(_LANE.pack(*lane) for lane in self._lanes)
