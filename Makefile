@@ -19,8 +19,8 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench soak bench-signing bench-verify bench-redaction bench-symbols bench-containers bench-functions \
-	reference sbom lock clean system-build system-test
+.PHONY: up demo install test crash-matrix fuzz lint check bench bench-docs bench-needs soak bench-signing bench-verify \
+	bench-redaction bench-symbols bench-containers bench-functions reference sbom lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -85,8 +85,19 @@ fuzz: install
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 	STELLA_MUTATIONS=$$(($(FUZZ_SECONDS) * 10)) $(BIN)/python -m pytest -q tests/evidence/test_mutations.py
 
-bench: install
-	$(BIN)/python -m tests.bench
+# What a whole node holds, beside its peers: about 80 minutes; BENCH='--quick' takes 6, BENCH='idle' one (--help).
+BENCH_PACKAGES := bpftrace libbpf-tools python3-bpfcc linux-headers-$(shell dpkg --print-architecture 2>/dev/null) openssl
+BENCH ?=
+bench: install bench-needs
+	$(BIN)/python -m tests.bench $(BENCH)
+
+# The same, and its figures and plot go into docs/performance.md.
+bench-docs: install bench-needs
+	$(BIN)/python -m tests.bench --json docs/performance.json --docs docs/performance.md $(BENCH)
+
+bench-needs: $(BIN)/python
+	$(call need,$(BENCH_PACKAGES))
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check '$(shell sed -n 's/^bench = \["\(.*\)"\]/\1/p' pyproject.toml)'
 
 # How long root could rewrite history, and how fast chunks are signed and logged.
 bench-signing: install
@@ -122,10 +133,11 @@ sbom: install
 	@$(BIN)/cyclonedx-py --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q --disable-pip-version-check '$(shell sed -n 's/^sbom = \["\(.*\)"\]/\1/p' pyproject.toml)'
 	sh deploy/sbom.sh sbom $(BIN)/python
 
-# Rewrites requirements.lock from the ranges in pyproject.toml.
+# Rewrites requirements.lock from the ranges in pyproject.toml, in an environment without what other targets add.
 lock: $(BIN)/python
-	$(BIN)/python -m pip install -q '.[all,test]'
-	$(BIN)/python -m pip freeze --exclude stella-signals --exclude setuptools --exclude wheel --exclude hatchling --exclude editables --exclude pip --exclude atheris > requirements.lock
+	$(BIN)/python -m venv --clear $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip install -q '.[all,test]'
+	$(VENV)/lock/bin/python -m pip freeze --exclude stella-signals --exclude pip --exclude setuptools > requirements.lock
 
 clean:
 	rm -rf $(VENV) dist sbom tests/deploy/.engine tests/sigstore/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

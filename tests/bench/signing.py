@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anyio
 
-from tests.bench.__main__ import run
+from tests.bench.rates import run
 from tests.evidence.chain_maker import COVERAGE, Node, Source, one
 from tests.signer.log_kit import Queue, surroundings
 from tests.system.node import build_generator

@@ -18,23 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.__main__ import beats, difference, generate, touch
+from tests.bench import load
+from tests.bench.machine import touch
+from tests.bench.measure import beats, count_lines, difference, memory_mb
 from tests.system.node import Node, build_generator, running
-
-
-def memory_mb(pid: int) -> float:
-    """Return a process's own memory: what it shares is counted in part (PSS)."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def sample(node: Node, before: dict[str, Any]) -> dict[str, Any]:
     """Return what each process holds now, and the latency since the last sample."""
     rows: dict[str, Any] = {"at": time.monotonic(), "mb": {}, "files": {}}
     for name, pid in node.pids().items():
-        rows["mb"][name] = memory_mb(pid)
+        rows["mb"][name] = memory_mb(pid)["pss"]
         rows["files"][name] = len(os.listdir(f"/proc/{pid}/fd"))
     rows["beats"] = beats(node)
     for key in ("line", "durable"):
@@ -56,14 +50,14 @@ def run(rate: int, minutes: float, every: float, ring: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="stella-soak-") as name:
         program = build_generator(Path(name))
         with running(Path(name) / "node", "soak", ring_buffer_size=ring) as node:
-            generate(node, program, 2000, 2000, 64)
+            load.opens(node.cgroup.run, program, 2000, 2000)
             time.sleep(1.5)
             count = int(rate * minutes * 60)
-            load = threading.Thread(target=generate, args=(node, program, count, rate, 64))
-            load.start()
+            work = threading.Thread(target=load.opens, args=(node.cgroup.run, program, count, rate))
+            work.start()
             samples: list[dict[str, Any]] = [sample(node, {})]
-            while load.is_alive():
-                load.join(every)
+            while work.is_alive():
+                work.join(every)
                 samples.append(sample(node, samples[-1]))
                 shown = {k: v for k, v in samples[-1].items() if k != "beats"}
                 print(json.dumps(shown), file=sys.stderr, flush=True)
@@ -72,9 +66,7 @@ def run(rate: int, minutes: float, every: float, ring: int) -> dict[str, Any]:
             report = node.verify()
             ledgers = node.ledgers()
             lost = sum(n for ledger in ledgers for n in ledger["lost"].values())
-            lines = sum(
-                1 for path in node.evidence.glob("*.ndjson") for line in path.open("rb") if b"stella-bench" in line
-            )
+            lines = count_lines(node, {"opens": load.MARKER})["opens"]
     return {
         "rate": rate, "minutes": minutes, "made": count, "lines": lines, "lost": lost,
         "valid": bool(report.valid), "samples": samples,
@@ -107,7 +99,7 @@ def main() -> int:
     parser.add_argument("--ring", type=int, default=8 << 20, help="ring buffer size in bytes")
     parser.add_argument("--touch-gib", type=int, default=6, help="memory to use once before measuring; 0: none")
     args = parser.parse_args()
-    touch(args.touch_gib)
+    touch(args.touch_gib << 30)
     result = run(args.rate, args.minutes, args.every, args.ring)
     print(table(result))
     exact = result["lines"] + result["lost"] >= result["made"] and result["valid"]
