@@ -1,14 +1,16 @@
-"""Output for people: colour and boxes on a terminal, plain lines in a pipe."""
+"""Output for people: colour and boxes on a terminal, plain lines in a pipe.
+
+rich is loaded by the first that is shown: a supervisor shows nothing of the kind, and lives long.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Wide enough that no line of a pipe is folded.
 _PIPE_COLUMNS = 1000
@@ -16,12 +18,18 @@ _PIPE_COLUMNS = 1000
 
 def out() -> Console:
     """Return a console on stdout."""
+    from rich.console import Console
+
     terminal = sys.stdout.isatty()
     return Console(highlight=False, width=None if terminal else _PIPE_COLUMNS, soft_wrap=not terminal)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows under headings.  Cells are data, never markup or terminal control."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
     sheet = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
     for column in columns:
         sheet.add_column(column, overflow="fold")

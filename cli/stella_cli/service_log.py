@@ -82,6 +82,8 @@ class ServiceLog:
 
     def _take(self) -> list[Line]:
         try:
+            if self.path.stat().st_size == self._offset:
+                return []
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read(_READ_BYTES)

@@ -43,6 +43,8 @@ READY_SECONDS: Final = 60.0
 #: hangs is killed.
 STOP_SECONDS: Final = 30.0
 BUS_SECONDS: Final = 10.0
+#: How often the parts' logs are looked at; an end of one is told with its last words at once.
+LOG_SECONDS: Final = 0.5
 BACKOFF_FIRST_SECONDS: Final = 0.2
 BACKOFF_LAST_SECONDS: Final = 5.0
 #: A part that ran this long is taken as healthy again: the next death starts with the short wait.
@@ -342,7 +344,7 @@ class Supervisor:
         while True:
             for part in self.parts:
                 self._read_log(part)
-            await anyio.sleep(0.2)
+            await anyio.sleep(LOG_SECONDS)
 
     def _read_log(self, part: Part) -> None:
         for line in part.log.new_lines():

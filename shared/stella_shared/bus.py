@@ -104,10 +104,12 @@ class Work:
         self._config = config
         self._ready: deque[Message] = deque()
         self._arrived = asyncio.Event()
+        self._heard = False
         self._sub: Any = None
 
     async def _on_message(self, msg: Msg) -> None:
         self._ready.append(Message(msg))
+        self._heard = True
         self._arrived.set()
 
     async def _start(self) -> None:
@@ -130,7 +132,10 @@ class Work:
     async def _watch(self) -> None:
         # A consumer that was deleted, or lost with its server's store, is silent: look, and make it again.
         while True:
+            self._heard = False
             await asyncio.sleep(_CONSUMER_CHECK_SECONDS)
+            if self._heard:
+                continue
             try:
                 await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
             except nats.js.errors.NotFoundError:

@@ -47,6 +47,12 @@ TAKE: Final = 16
 #: Batches whose parts are on their way to the bus at the same time.
 PUBLISHING: Final = 16
 LAG_CHECK_SECONDS: Final = 1.0
+#: The signer's lag is looked at after so many bytes of lines, and without work this often.
+LAG_CHECK_BYTES: Final = subjects.SIGNER_LAG_LIMIT_BYTES // 100
+LAG_IDLE_SECONDS: Final = 30.0
+#: How long it waits for a message: until it stops, and then a moment for what may be on its way.
+WAIT_SECONDS: Final = 60.0
+LAST_WAIT_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 15.0
 #: The rest of a message is for its headers.
 PART_BYTES_MAX: Final = subjects.MAX_PAYLOAD_BYTES - (128 << 10)
@@ -89,6 +95,8 @@ class Enricher:
         self.kernel_to_line = Histogram.with_bounds(*_LATENCY_BOUNDS)
         self.work_seconds = Histogram.with_bounds(*_LATENCY_BOUNDS)
         self.in_flight = 0
+        #: Bytes of lines since the signer's lag was looked at.
+        self.unlooked_bytes = 0
         self.last_error = ""
         self.held_back = False
 
@@ -168,6 +176,7 @@ class Enricher:
         while True:
             try:
                 await self.bus.publish(subject, body, msg_id=msg_id, head=head, encoding=compressed.ENCODING)
+                self.unlooked_bytes += len(body)
                 self.last_error = ""
                 return
             except TryAgain as e:
@@ -178,6 +187,11 @@ class Enricher:
     async def serve(self, work: Work, stop: anyio.Event) -> None:
         """Enrich until told to stop, and then until nothing is left to enrich."""
         slots = anyio.Semaphore(PUBLISHING)
+        waiting = anyio.CancelScope()
+
+        async def hurry() -> None:
+            await stop.wait()
+            waiting.cancel()
 
         async def store(message: Message, batch: RawBatch, enriched: Enriched) -> None:
             try:
@@ -187,9 +201,10 @@ class Enricher:
                 slots.release()
 
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(hurry)
             while True:
                 messages: list[Message] = []
-                with anyio.move_on_after(0.2):
+                with anyio.move_on_after(LAST_WAIT_SECONDS if stop.is_set() else WAIT_SECONDS) as waiting:
                     messages = await work.get(TAKE, 0.0)
                 for message in messages:
                     while self.held_back and not stop.is_set():
@@ -219,13 +234,20 @@ class Enricher:
 
     async def watch_lag(self) -> None:
         """Stop taking work while the signer is so far behind that the stream could drop what it has not seen."""
+        looked_at = float("-inf")
         while True:
-            with contextlib.suppress(TryAgain):
-                lag = await self.bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
-                if (lag > subjects.SIGNER_LAG_LIMIT_BYTES) != self.held_back:
-                    self.held_back = not self.held_back
-                    log.warning("the signer is %d bytes behind: %s", lag, "waiting" if self.held_back else "going on")
+            now = anyio.current_time()
+            if self.held_back or self.unlooked_bytes > LAG_CHECK_BYTES or now - looked_at > LAG_IDLE_SECONDS:
+                looked_at, self.unlooked_bytes = now, 0
+                await self._look_at_lag()
             await anyio.sleep(LAG_CHECK_SECONDS)
+
+    async def _look_at_lag(self) -> None:
+        with contextlib.suppress(TryAgain):
+            lag = await self.bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
+            if (lag > subjects.SIGNER_LAG_LIMIT_BYTES) != self.held_back:
+                self.held_back = not self.held_back
+                log.warning("the signer is %d bytes behind: %s", lag, "waiting" if self.held_back else "going on")
 
     async def tell_targets(self) -> None:
         """Say which containers the selectors match: at once when that changes, and once a second."""

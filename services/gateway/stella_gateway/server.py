@@ -23,6 +23,7 @@ _CONNECTIONS: Final = 64
 _HEAD_MAX_BYTES: Final = 16384
 #: A connection on which no whole request head comes in this time is closed: idle ones would keep others out.
 HEAD_SECONDS: Final = 5.0
+TICK_SECONDS: Final = 1.0
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -76,11 +77,26 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that leaves the process's signals alone: the service has its own handling."""
+    """uvicorn that leaves the process's signals alone, for the service has its own handling, and sleeps when idle.
+
+    By itself it wakes ten times a second to see whether it should end; here that is told, and what is left to do
+    at times is the `Date` of its answers.
+    """
+
+    def __init__(self, config: uvicorn.Config, stop: anyio.Event) -> None:
+        super().__init__(config)
+        self._stop = stop
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def main_loop(self) -> None:
+        while not self._stop.is_set():
+            await self.on_tick(0)
+            with anyio.move_on_after(TICK_SECONDS):
+                await self._stop.wait()
+        self.should_exit = True
 
 
 async def serve(app: FastAPI, sock: socket.socket, stop: anyio.Event) -> None:
@@ -99,14 +115,5 @@ async def serve(app: FastAPI, sock: socket.socket, stop: anyio.Event) -> None:
         h11_max_incomplete_event_size=_HEAD_MAX_BYTES,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = _Server(config)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-    async def end() -> None:
-        await stop.wait()
-        server.should_exit = True
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(end)
-        await server.serve(sockets=[sock])
-        tasks.cancel_scope.cancel()
+    await _Server(config, stop).serve(sockets=[sock])

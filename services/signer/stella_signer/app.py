@@ -43,6 +43,11 @@ SERVICE: Final = "signer"
 #: A group commit is made at least this often while batches come.
 LINGER_SECONDS: Final = 0.03
 TICK_SECONDS: Final = 0.25
+#: Where nothing is waited for; whoever stops it does not wait for the end of that.
+QUIET_TICK_SECONDS: Final = 1.0
+#: How often the bus is asked how far behind this is, and where it last was not.
+LAG_SECONDS: Final = 1.0
+QUIET_LAG_SECONDS: Final = 5.0
 STOP_SECONDS: Final = 20.0
 RETRY_SECONDS: Final = 1.0
 #: How long a signer waits for the one before it, which may be stopping, to let go of the chain.
@@ -92,6 +97,8 @@ class Signer:
         self._found_lost: dict[str, int] = {}
         self._bus_lag = 0
         self._stop_by = float("inf")
+        #: The wait for messages; cancelled when it is time to stop.
+        self._waiting: anyio.CancelScope | None = None
         self._opened_at = 0.0
         self._looked_at = 0.0
 
@@ -132,6 +139,8 @@ class Signer:
     async def _mark_stop(self, stop: anyio.Event) -> None:
         await stop.wait()
         self._stop_by = anyio.current_time() + STOP_SECONDS
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     async def _serve(self, bus: Bus, stop: anyio.Event) -> None:
         store = await self._open_store(stop)
@@ -198,11 +207,12 @@ class Signer:
     async def _keep(self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event) -> None:
         """Take messages, make them durable, acknowledge them; until stopped and drained, or out of time."""
         # An idle chunk is closed on time, too.
-        tick = min(TICK_SECONDS, self._signals.rotation.max_age_hours * 3600 / 2)
+        longest = self._signals.rotation.max_age_hours * 3600 / 2
         while True:
             self._tell(store, intake)
             messages: list[Message] = []
-            with anyio.move_on_after(tick):
+            quiet = not (stop.is_set() or intake.incomplete or store.account.early())
+            with anyio.move_on_after(min(longest, QUIET_TICK_SECONDS if quiet else TICK_SECONDS)) as self._waiting:
                 messages = await work.get(MAX_MESSAGES, LINGER_SECONDS)
             for message in messages:
                 await self._offer(intake, message)
@@ -329,7 +339,8 @@ class Signer:
                 self._bus_lag = waiting + delivered
             except TryAgain:
                 pass
-            await anyio.sleep(1.0)
+            # A node without work is one batch behind at most, its heartbeat.
+            await anyio.sleep(LAG_SECONDS if self._bus_lag > 1 else QUIET_LAG_SECONDS)
 
     def _tell(self, store: ChunkStore, intake: Intake[Message]) -> None:
         """Note what the next heartbeat says; called only while no thread works on the store."""

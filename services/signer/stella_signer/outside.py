@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from typing import Final
 
-import httpx
 import msgspec
+
+from stella_shared.http_library import httpx
 
 MAX_BYTES: Final = 4 << 20
 CONNECT_SECONDS: Final = 5.0

@@ -16,9 +16,9 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Final
 
 import anyio
-import httpx
 
 from stella_enricher.runtimes.facts import Refusal
+from stella_shared.http_library import httpx
 
 CALL_TIMEOUT_SECONDS: Final = 2.0
 MAX_ANSWER_BYTES: Final = 1 << 20

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Final, Literal
 
-import httpx
+from stella_shared.http_library import httpx
 
 log = logging.getLogger(__name__)
 
