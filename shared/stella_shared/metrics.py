@@ -47,7 +47,7 @@ PROBE_ATTACHED: Final = "stellaops_signals_probe_attached"
 
 #: Upper bounds of every latency histogram, in seconds (`Histogram.with_bounds(*LATENCY_BOUNDS_SECONDS)`).
 LATENCY_BOUNDS_SECONDS: Final = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
 
 #: Those of the time to the signed statement: a chunk may be open for an hour and more.

@@ -178,7 +178,8 @@ class PartHead(msgspec.Struct, frozen=True):
     coverage: str = ""
     final: bool = False
     closings: list[Closing] = []
-    #: CLOCK_BOOTTIME at which the batch was drained and at which it was enriched (for latency).
+    #: CLOCK_BOOTTIME of the batch's first event, of its drain and of its enrichment (for latency).
+    oldest_ns: int = 0
     drained_ns: int = 0
     enriched_ns: int = 0
 

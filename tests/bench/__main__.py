@@ -46,6 +46,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="of each figure (3)")
     parser.add_argument("--idle-seconds", type=float, help="how long an idle node is watched (30)")
     parser.add_argument("--recorders", nargs="+", choices=list(compare.RECORDERS), help="of compare; without, all")
+    parser.add_argument("--producers", type=int, default=1, help="programs that share each rate (1)")
     parser.add_argument("--ring", type=int, default=8 << 20, help="ring buffer size in bytes (8 MiB)")
     parser.add_argument("--enrichers", type=int, default=1)
     parser.add_argument("--touch-gib", type=int, default=6, help="memory to use once before measuring; 0: none (6)")
@@ -78,7 +79,8 @@ def _rows(program: Path, kind: str, args: argparse.Namespace) -> Iterator[dict[s
     for number in range(args.runs):
         if kind == "rates":
             for rate in args.rates:
-                yield {"round": number, **rates.run(program, rate, args.seconds, args.ring, args.enrichers)}
+                row = rates.run(program, rate, args.seconds, args.ring, args.enrichers, producers=args.producers)
+                yield {"round": number, **row}
         elif kind == "compare":
             for name in args.recorders:
                 yield {"round": number, **compare.run(program, name, 0.3 if args.quick else 1.0)}

@@ -6,7 +6,8 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 
 class Load(msgspec.Struct):
-    """What one run of the program was: opens that were asked for, and its own clock."""
+    """What one run of the program, or of several at once, was: opens that were asked for, and its own clock."""
 
     count: int
     wall_seconds: float
     cpu_seconds: float
+    programs: int = 1
 
     @property
     def opens(self) -> int:
         """Every open with the marker in its path: those that make the files come first."""
-        return self.count + FILES
+        return self.count + FILES * self.programs
 
     @property
     def wall_ns(self) -> float:
@@ -79,6 +81,21 @@ def opens(start: Start, program: Path, count: int, rate: int) -> Load:
     """Run the program; return what it was."""
     with ready(start, program, count, rate) as generator:
         return generator.run()
+
+
+def opens_of_many(start: Start, program: Path, count: int, rate: int, programs: int) -> Load:
+    """Run the program several times at once, with its share of count and rate each."""
+    with ExitStack() as stack, ThreadPoolExecutor(programs) as threads:
+        ready_ones = [
+            stack.enter_context(ready(start, program, count // programs, rate // programs)) for _ in range(programs)
+        ]
+        loads = list(threads.map(Generator.run, ready_ones))
+    return Load(
+        sum(one.count for one in loads),
+        max(one.wall_seconds for one in loads),
+        sum(one.cpu_seconds for one in loads),
+        programs,
+    )
 
 
 def _plain(*command: Any, **kwargs: Any) -> subprocess.Popen[bytes]:

@@ -16,23 +16,25 @@ SOON_SECONDS = 3.0
 WARM = 2000
 
 
-def run(program: Path, rate: int, seconds: float, ring: int, enrichers: int, **signals: Any) -> dict[str, Any]:
-    """Measure one rate on a fresh node; `signals` are further keys of its configuration."""
+def run(
+    program: Path, rate: int, seconds: float, ring: int, enrichers: int, *, producers: int = 1, **signals: Any
+) -> dict[str, Any]:
+    """Measure one rate, made by `producers` programs, on a fresh node; `signals` are keys of its configuration."""
     with (
         tempfile.TemporaryDirectory(prefix="stella-bench-") as name,
         running(Path(name), "bench", ring_buffer_size=ring, enrichers=enrichers, **signals) as node,
     ):
-        return on(node, program, rate, seconds)
+        return on(node, program, rate, seconds, producers)
 
 
-def on(node: Node, program: Path, rate: int, seconds: float) -> dict[str, Any]:
+def on(node: Node, program: Path, rate: int, seconds: float, producers: int = 1) -> dict[str, Any]:
     """Measure one rate on a node that has recorded nothing yet; it is stopped then."""
     start = node.cgroup.run
     warm = load.opens(start, program, WARM, WARM)  # everything is warm and known
     time.sleep(1.5)
     before, cpu = measure.beats(node), measure.cpu_by_part(node)
     with machine.watched() as busy:
-        made = load.opens(start, program, int(rate * seconds), rate)
+        made = load.opens_of_many(start, program, int(rate * seconds), rate, producers)
     memory = measure.memory_by_part(node)
     lag = measure.catch_up(node)
     time.sleep(1.2)  # the last beats
@@ -42,6 +44,7 @@ def on(node: Node, program: Path, rate: int, seconds: float) -> dict[str, Any]:
     checked = measure.outcome(node, {"opens": (load.MARKER, warm.opens + made.opens)})
     row: dict[str, Any] = {
         "rate": rate,
+        "producers": producers,
         "made_per_second": round(made.count / made.wall_seconds),
         "count": made.count,
         "lag_seconds": lag,

@@ -31,8 +31,8 @@ def test_a_node_is_watched_idle_and_then_loaded_and_its_evidence_adds_up(program
         quiet = idle.watch(node, 0.5)
         assert {"supervisor", "nats", "enricher-1", "signer", "collector", "gateway"} == set(quiet["parts"])
         assert quiet["pss"] > 20
-        row = {"round": 0, **rates.on(node, program, 4000, 1.0)}
-        assert (4000, {"opens": 4000 + rates.WARM + 2 * load.FILES}) == (row["count"], row["lines"])
+        row = {"round": 0, **rates.on(node, program, 4000, 1.0, producers=2)}
+        assert (4000, {"opens": 4000 + rates.WARM + 3 * load.FILES}) == (row["count"], row["lines"])
         assert ([], {}, True, True) == (row["faults"], row["missing"], row["valid"], row["exact"])
         assert 0 < row["line_p50_ms"] <= row["line_p99_ms"]
         wrong = measure.outcome(node, {"opens": (load.MARKER, row["lines"]["opens"] + 1)})

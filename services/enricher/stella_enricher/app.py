@@ -160,6 +160,7 @@ class Enricher:
                 coverage=batch.coverage.decode("utf-8", "replace") if index == 0 else "",
                 final=batch.final,
                 closings=batch.closings if index == 0 else [],
+                oldest_ns=raw_batches.oldest_ns(batch.records),
                 drained_ns=batch.ledger.end_ns,
                 enriched_ns=now,
             )

@@ -59,6 +59,8 @@ COMMIT_BYTES: Final = 16 << 20
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
 #: Batches whose way to a signature is timed; at the usual pace of commits, hours.
 _MAX_UNSIGNED: Final = 1 << 20
+#: How many events stand for a batch where their way to the disk is timed.
+AGE_SAMPLES: Final = 5
 #: A chunk with more coverage documents than this is closed early.
 MAX_COVERAGES: Final = 256
 
@@ -267,7 +269,12 @@ class Signer:
         for batch in batches:
             self._lines += batch.step.lines
             if batch.step.lines and batch.drained_ns and batch.step.boot_id == self._boot_id:
-                self._latency.observe(max(0, now - batch.drained_ns) / 1e9, batch.step.lines)
+                # Its events came about evenly between the first one and the drain.
+                oldest, newest = batch.oldest_ns or batch.drained_ns, batch.drained_ns
+                weight = max(1, batch.step.lines // AGE_SAMPLES)
+                for sample in range(AGE_SAMPLES):
+                    came = oldest + max(0, newest - oldest) * sample // AGE_SAMPLES
+                    self._latency.observe(max(0, now - came) / 1e9, weight)
                 self._unsigned.append((index, batch.drained_ns, batch.step.lines))
 
     def _observe_signed(self, store: ChunkStore) -> None:

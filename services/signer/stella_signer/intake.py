@@ -46,6 +46,7 @@ class Batch(msgspec.Struct, Generic[T], frozen=True):
     step: Settle
     body: Packed
     handles: list[T]
+    oldest_ns: int
     drained_ns: int
 
 
@@ -151,7 +152,7 @@ class Intake(Generic[T]):
         step = Settle(
             first.boot_id, first.run, first.number, lines, ledger, first.coverage, first.final, first.closings
         )
-        self._complete[place] = Batch(step, body, _all(parts), first.drained_ns)
+        self._complete[place] = Batch(step, body, _all(parts), first.oldest_ns, first.drained_ns)
         self.bytes += len(body.frames) + len(body.leaves)
 
     def _fault(self, head: PartHead, lines: int) -> str:
