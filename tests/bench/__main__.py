@@ -83,7 +83,7 @@ def _rows(program: Path, kind: str, args: argparse.Namespace) -> Iterator[dict[s
                 yield {"round": number, **row}
         elif kind == "compare":
             for name in args.recorders:
-                yield {"round": number, **compare.run(program, name, 0.3 if args.quick else 1.0)}
+                yield {"round": number, **compare.run(program, name, args.ring, 0.3 if args.quick else 1.0)}
         else:
             for events in args.mixed:
                 plan = mixed.Plan(events, args.seconds)

@@ -73,7 +73,7 @@ class _Nobody:
 
 
 @contextmanager
-def nobody(_: Path) -> Iterator[Attached]:
+def nobody(_: Path, ring: int) -> Iterator[Attached]:
     """Nothing is attached."""
     with _own_cgroup() as cgroup:
         yield _Nobody(cgroup)
@@ -124,7 +124,7 @@ class _Reader:
 
 
 @contextmanager
-def reader(folder: Path) -> Iterator[Attached]:
+def reader(folder: Path, ring: int) -> Iterator[Attached]:
     """Our probes, with a C program that only drains: the physical limit."""
     program = folder / "drain"
     subprocess.run(["cc", "-O2", "-o", program, HERE / "drain.c"], check=True)
@@ -133,6 +133,7 @@ def reader(folder: Path) -> Iterator[Attached]:
             None,
             {},
             {
+                "ring_buffer_size": ring,
                 "filters.target_cgroups": [cgroup.name],
                 "filters.paths.allowlist": [],
                 "filters.paths.denylist": [],
@@ -142,8 +143,8 @@ def reader(folder: Path) -> Iterator[Attached]:
         with Kernel(signals, Libbpf()) as kernel:
             kernel.set_targets(targets.resolve(signals))
             kernel.attach()
-            fd, size = _ring_fd(signals.ring_buffer_size), signals.ring_buffer_size
-            command = [program, str(fd), str(size)]
+            fd = _ring_fd(ring)
+            command = [program, str(fd), str(ring)]
             with subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
                 assert process.stdout
                 process.stdout.readline()
@@ -174,9 +175,9 @@ class _Node:
 
 
 @contextmanager
-def whole_node(folder: Path) -> Iterator[Attached]:
+def whole_node(folder: Path, ring: int) -> Iterator[Attached]:
     """A whole node: every probe, enrichment, chunks, signatures."""
-    with running(folder / "node", "bench") as node:
+    with running(folder / "node", "bench", ring_buffer_size=ring) as node:
         yield _Node(node)
 
 
@@ -256,7 +257,7 @@ def _peer(folder: Path, command: list[str], environment: dict[str, str] | None =
 
 
 @contextmanager
-def bpftrace(folder: Path) -> Iterator[Attached]:
+def bpftrace(folder: Path, ring: int) -> Iterator[Attached]:
     """bpftrace's one-liner."""
     text = (
         'tracepoint:syscalls:sys_enter_openat /pid == PID/ { printf("%d %s %s\\n", pid, comm, str(args->filename)); }'
@@ -266,14 +267,14 @@ def bpftrace(folder: Path) -> Iterator[Attached]:
 
 
 @contextmanager
-def opensnoop(folder: Path) -> Iterator[Attached]:
+def opensnoop(folder: Path, ring: int) -> Iterator[Attached]:
     """libbpf-tools' opensnoop, which hooks entry and exit."""
     with _peer(folder, [shutil.which("opensnoop", path="/usr/sbin:/usr/bin") or "opensnoop", "-p", "PID"]) as peer:
         yield peer
 
 
 @contextmanager
-def bcc(folder: Path) -> Iterator[Attached]:
+def bcc(folder: Path, ring: int) -> Iterator[Attached]:
     """A bcc script in the shape of its opensnoop."""
     with _peer(folder, ["/usr/bin/python3", str(HERE / "bcc_opens.py"), "PID"], _kernel_source(folder)) as peer:
         yield peer
@@ -320,12 +321,12 @@ def versions() -> dict[str, str]:
     return {name: machine.version(*command).replace("\t", " ") for name, command in asked.items()}
 
 
-def run(program: Path, name: str, scale: float = 1.0) -> dict[str, Any]:
+def run(program: Path, name: str, ring: int, scale: float = 1.0) -> dict[str, Any]:
     """Let one recorder record one run of the program; a row that says why when it cannot."""
     make, count = RECORDERS[name]
     count = int(count * scale)
     try:
-        with tempfile.TemporaryDirectory(prefix="stella-compare-") as folder, make(Path(folder)) as attached:
+        with tempfile.TemporaryDirectory(prefix="stella-compare-") as folder, make(Path(folder), ring) as attached:
             with load.ready(attached.cgroup.run, program, count, 0) as generator:
                 attached.watch(generator.pid)
                 with machine.watched() as busy:

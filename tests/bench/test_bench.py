@@ -59,7 +59,7 @@ def test_the_mixed_load_is_recorded_to_the_last_event() -> None:
 
 def test_a_reader_that_only_drains_has_every_record(program: Path) -> None:
     """The C reader delivers what was made or the kernel's counters have lost; the table sets it against nobody."""
-    rows = [{"round": 0, **compare.run(program, name, 0.01)} for name in ("nobody", "C reader, drains only")]
+    rows = [{"round": 0, **compare.run(program, name, 1 << 20, 0.01)} for name in ("nobody", "C reader, drains only")]
     alone, drained = rows
     assert "delivered_per_second" not in alone
     assert drained["missing"] <= drained["lost_reported"]
@@ -69,6 +69,6 @@ def test_a_reader_that_only_drains_has_every_record(program: Path) -> None:
 def test_a_peer_that_cannot_run_says_why_in_the_table(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not installed is a row with the reason."""
     monkeypatch.setenv("PATH", str(program.parent))
-    row = compare.run(program, "bpftrace", 0.01)
+    row = compare.run(program, "bpftrace", 1 << 20, 0.01)
     assert {"name": "bpftrace", "cannot": "bpftrace is not installed"} == row
     assert "cannot run here: bpftrace is not installed" in tables.compare([row], {})
