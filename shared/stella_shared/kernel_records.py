@@ -7,6 +7,7 @@ What cannot be a record is a `BrokenPromise`; nothing else is ever raised.
 from __future__ import annotations
 
 import ipaddress
+import socket
 import struct
 from typing import Final, Literal
 
@@ -209,7 +210,7 @@ def _process_exec(body: bytes) -> ProcessExec:
 def address_text(family: int, raw: bytes) -> str:
     """Return the text of an address as it stands in a record."""
     if family == _AF_INET:
-        return str(ipaddress.IPv4Address(raw[:4]))
+        return socket.inet_ntoa(raw[:4])
     return str(ipaddress.IPv6Address(raw))
 
 
