@@ -85,7 +85,7 @@ fuzz: install
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 	STELLA_MUTATIONS=$$(($(FUZZ_SECONDS) * 10)) $(BIN)/python -m pytest -q tests/evidence/test_mutations.py
 
-# What a whole node holds, beside its peers: about 80 minutes; BENCH='--quick' takes 6, BENCH='idle' one (--help).
+# What a whole node holds, beside its peers: some 45 minutes; BENCH=--quick takes 4, BENCH=idle 1 (BENCH=--help).
 BENCH_PACKAGES := bpftrace libbpf-tools python3-bpfcc linux-headers-$(shell dpkg --print-architecture 2>/dev/null) openssl
 BENCH ?=
 bench: install bench-needs

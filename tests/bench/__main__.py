@@ -6,9 +6,9 @@
     mixed     opens, execs, connections and TLS of 200 processes            --mixed, --seconds, --runs
 
 Every run has a fresh node with everything on, the generator on the same machine.  After each the chain is verified,
-the identity of its ledgers with it, and the lines of what was made are counted.  The exit code is 1 when one run did
-not add up; losses that are accounted for are figures.  Runs are made in rounds, so that what disturbs the machine
-falls on all.
+the identity of its ledgers with it, and the lines of what was made are counted.  The exit code is 1 when a run
+failed or did not add up; losses that are accounted for are figures.  Runs are made in rounds, so that what disturbs
+the machine falls on all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +72,36 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _rows(program: Path, kind: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one row for each run of a kind, round by round."""
+def _runs(program: Path, kind: str, args: argparse.Namespace) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield each run of a kind, round by round."""
     if kind == "idle":
-        yield idle.run(args.idle_seconds, settle=min(15.0, args.idle_seconds))
+        yield partial(idle.run, args.idle_seconds, settle=min(15.0, args.idle_seconds))
         return
     for number in range(args.runs):
+        runs: list[Callable[[], dict[str, Any]]]
         if kind == "rates":
-            for rate in args.rates:
-                row = rates.run(program, rate, args.seconds, args.ring, args.enrichers, producers=args.producers)
-                yield {"round": number, **row}
+            common = (args.seconds, args.ring, args.enrichers)
+            runs = [partial(rates.run, program, rate, *common, producers=args.producers) for rate in args.rates]
         elif kind == "compare":
-            for name in args.recorders:
-                yield {"round": number, **compare.run(program, name, args.ring, 0.3 if args.quick else 1.0)}
+            scale = 0.3 if args.quick else 1.0
+            runs = [partial(compare.run, program, name, args.ring, scale) for name in args.recorders]
         else:
-            for events in args.mixed:
-                plan = mixed.Plan(events, args.seconds)
-                yield {"round": number, **mixed.run(plan, args.ring, args.enrichers)}
+            plans = [mixed.Plan(events, args.seconds) for events in args.mixed]
+            runs = [partial(mixed.run, plan, args.ring, args.enrichers) for plan in plans]
+        for run in runs:
+            yield partial(_of_round, number, run)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return all figures that were asked for."""
-    results: dict[str, Any] = {}
+def _of_round(number: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {"round": number, **run()}
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    """Put all figures that were asked for into `results`; return which runs failed, and why.
+
+    One that fails does not end the others: the whole takes the better part of an hour.
+    """
+    failed = []
     with tempfile.TemporaryDirectory(prefix="stella-gen-") as name:
         program = build_generator(Path(name))
         results["machine"] = machine.facts(program, args.touch_gib)
@@ -101,11 +110,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         results["versions"] = compare.versions()
         for kind in args.kinds:
             rows = []
-            for row in _rows(program, kind, args):
+            for run in _runs(program, kind, args):
+                try:
+                    row = run()
+                except Exception as e:
+                    failed.append(f"{kind}: {type(e).__name__}: {e}")
+                    print(failed[-1], file=sys.stderr, flush=True)
+                    continue
                 rows.append(row)
                 print(f"{kind}: {json.dumps(row)}", file=sys.stderr, flush=True)
-            results[kind] = rows[0] if kind == "idle" else rows
-    return results
+            results[kind] = rows[0] if rows and kind == "idle" else rows
+            if args.json:
+                args.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    return failed
 
 
 def put_into(document: Path, sections: dict[str, str]) -> None:
@@ -124,10 +141,7 @@ def main(words: list[str] | None = None) -> int:
     results: dict[str, Any] = {}
     if args.json and args.json.exists():
         results = msgspec.json.decode(args.json.read_bytes())
-    if not args.render:
-        results |= measure(args)
-        if args.json:
-            args.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    failed = [] if args.render else measure(args, results)
     sections = tables.sections(results)
     for name, text in sections.items():
         if args.render or name in ("machine", *args.kinds):
@@ -138,8 +152,10 @@ def main(words: list[str] | None = None) -> int:
             told = results["machine"]
             about = f"{told['processor']}, {told['cores']} cores, Linux {told['kernel']}, {told['date']}"
             plot.draw(results["rates"], args.docs.with_suffix(".svg"), about)
+    for text in failed:
+        print(f"\nfailed: {text}")
     checked = [row for kind in ("rates", "mixed") for row in results.get(kind, [])]
-    return 0 if all(row["exact"] for row in checked) else 1
+    return 0 if not failed and all(row["exact"] for row in checked) else 1
 
 
 if __name__ == "__main__":

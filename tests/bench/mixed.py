@@ -25,6 +25,7 @@ from tests.system.node import Node, running
 HERE = Path(__file__).parent
 _TLS_PROCESSES = 2
 _READY_SECONDS = 60.0
+SETTLE_SECONDS = 2.0
 _MARKERS = {
     "opens": b"/libmodule-",
     "execs": b"stella-mixed-exec",
@@ -170,7 +171,7 @@ def run(plan: Plan, ring: int, enrichers: int = 1) -> dict[str, Any]:
         build(Path(name))
         with _in_cgroups(node, Path(name), Path(work), plan), _tls(node, Path(name), Path(work), plan) as tls:
             _all_attached(node)
-            time.sleep(2.0)
+            time.sleep(SETTLE_SECONDS)
             cpu, seen, latencies = measure.cpu_by_part(node), _events(node), measure.beats(node)
             with machine.watched() as busy:
                 (Path(work) / "go").touch()

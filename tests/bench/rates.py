@@ -14,6 +14,7 @@ from tests.system.node import Node, running
 MADE_SHARE = 0.99
 SOON_SECONDS = 3.0
 WARM = 2000
+SETTLE_SECONDS = 1.5
 
 
 def run(
@@ -31,7 +32,7 @@ def on(node: Node, program: Path, rate: int, seconds: float, producers: int = 1)
     """Measure one rate on a node that has recorded nothing yet; it is stopped then."""
     start = node.cgroup.run
     warm = load.opens(start, program, WARM, WARM)  # everything is warm and known
-    time.sleep(1.5)
+    time.sleep(SETTLE_SECONDS)
     before, cpu = measure.beats(node), measure.cpu_by_part(node)
     with machine.watched() as busy:
         made = load.opens_of_many(start, program, int(rate * seconds), rate, producers)

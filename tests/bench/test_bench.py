@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench import compare, idle, load, measure, mixed, rates, tables
-from tests.bench.__main__ import put_into
+from tests.bench.__main__ import main, put_into
 from tests.system.node import build_generator, running
 
 pytestmark = pytest.mark.kernel
+
+SETTLE_SECONDS = 0.3
 
 FACTS: dict[str, Any] = {
     "processor": "a processor", "cores": 2, "memory_gib": 4.0, "kernel": "6.1", "python": "3.11", "date": "2026-01-01",
@@ -23,6 +26,12 @@ FACTS: dict[str, Any] = {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that opens."""
     return build_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SETTLE_SECONDS", SETTLE_SECONDS)
+    monkeypatch.setattr(mixed, "SETTLE_SECONDS", SETTLE_SECONDS)
 
 
 def test_a_node_is_watched_idle_and_then_loaded_and_its_evidence_adds_up(program: Path, tmp_path: Path) -> None:
@@ -72,3 +81,23 @@ def test_a_peer_that_cannot_run_says_why_in_the_table(program: Path, monkeypatch
     row = compare.run(program, "bpftrace", 1 << 20, 0.01)
     assert {"name": "bpftrace", "cannot": "bpftrace is not installed"} == row
     assert "cannot run here: bpftrace is not installed" in tables.compare([row], {})
+
+
+def test_a_run_that_fails_is_told_and_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others' figures are printed and kept, the reason stands below them, and the exit code is 1."""
+    runs = iter([RuntimeError("no node"), {"name": "nobody", "made_per_second": 5, "wall_ns": 2, "cpu_ns": 1}])
+
+    def run(*_: Any) -> dict[str, Any]:
+        if isinstance(outcome := next(runs), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(compare, "run", run)
+    kept = tmp_path / "figures.json"
+    words = ["compare", "--quick", "--runs", "2", "--recorders", "nobody", "--touch-gib", "0", "--json", str(kept)]
+    assert 1 == main(words)
+    shown = capsys.readouterr().out
+    assert "| nobody | 5 |" in shown and "failed: compare: RuntimeError: no node" in shown
+    assert [1] == [row["round"] for row in json.loads(kept.read_text())["compare"]]
