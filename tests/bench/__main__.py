@@ -55,6 +55,8 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, help="put tables into this document, the plot as .svg beside it")
     parser.add_argument("--render", action="store_true", help="measure nothing: tables and plot of --json as it is")
     args = parser.parse_args(words)
+    told = re.sub(r" --(json|docs) \S+", "", " ".join(["", *(sys.argv[1:] if words is None else words)]))
+    args.command = f"python -m tests.bench{told}"
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: no such kind; there are {', '.join(KINDS)}")
     if args.render and not (args.json and args.json.exists()):
@@ -120,6 +122,10 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
                 rows.append(row)
                 print(f"{kind}: {json.dumps(row)}", file=sys.stderr, flush=True)
             results[kind] = rows[0] if rows and kind == "idle" else rows
+            told = results["machine"]
+            results.setdefault("taken", {})[kind] = (
+                f"{told['date']}, by `{args.command}`; one open and close took {told['bare_open_ns']:,} ns bare."
+            )
             if args.json:
                 args.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
     return failed

@@ -170,4 +170,9 @@ def sections(results: Row) -> dict[str, str]:
         "idle": lambda: idle(results["idle"]),
         "mixed": lambda: mixed(results["mixed"]),
     }
-    return {name: table() for name, table in make.items() if results.get(name)}
+    taken = results.get("taken", {})
+    return {
+        name: table() + (f"\n\nTaken {taken[name]}" if name in taken else "")
+        for name, table in make.items()
+        if results.get(name)
+    }
