@@ -48,7 +48,7 @@ TAKE: Final = 16
 PUBLISHING: Final = 16
 LAG_CHECK_SECONDS: Final = 1.0
 #: The signer's lag is looked at after so many bytes of lines, and without work this often.
-LAG_CHECK_BYTES: Final = 8 << 20
+LAG_CHECK_BYTES: Final = 1 << 20
 LAG_IDLE_SECONDS: Final = 30.0
 #: How long it waits for a message: until it stops, and then a moment for what may be on its way.
 WAIT_SECONDS: Final = 60.0
