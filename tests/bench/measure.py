@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from stella_shared import metrics
+from stella_shared.evidence.compressed import frames_of
 from stella_shared.wire import Histogram
 from tests.system.node import Node
 
@@ -126,9 +127,9 @@ def catch_up(node: Node) -> float:
 def count_lines(node: Node, markers: dict[str, bytes]) -> dict[str, int]:
     """Return by name how many evidence lines hold each marker."""
     counts = dict.fromkeys(markers, 0)
-    for path in sorted(node.evidence.glob("*.ndjson")):
-        with path.open("rb") as lines:
-            for line in lines:
+    for path in sorted(node.evidence.glob("*.ndjson.zst")):
+        for frame in frames_of(path):
+            for line in frame.splitlines():
                 for name, marker in markers.items():
                     counts[name] += marker in line
     return counts
