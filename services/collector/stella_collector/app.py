@@ -41,9 +41,10 @@ from stella_shared.wire import LANE_KINDS, Closing
 log = logging.getLogger(__name__)
 
 FASTEST_SECONDS: Final = 0.0005
-STEADY_SECONDS: Final = 0.010
+STEADY_SECONDS: Final = 0.005
+SLOWEST_SECONDS: Final = 0.015
 #: What a batch waits for between the two: the fewer there are, the less each event costs on its way.
-BATCH_EVENTS: Final = 4000
+BATCH_EVENTS: Final = 2500
 IDLE_SECONDS: Final = 0.020
 #: The least pause where a new program asks for a drain.
 HASTE_SECONDS: Final = 0.005
@@ -202,6 +203,7 @@ class Collector:
             if now >= counts_due:
                 counts_due = now + COUNTS_SECONDS
                 self.kernel.binaries.flush()
+            began = time.monotonic()
             drained, ledger = draining.drain()
             now = time.monotonic()
             held = draining.joined(ledger)
@@ -219,8 +221,9 @@ class Collector:
             self.rate += (drained.count / elapsed - self.rate) * min(1.0, elapsed)
             if drained.count:
                 ring_seconds = ring.size * RING_SHARE / max(1, drained.span) * elapsed
-                pause = min(max(STEADY_SECONDS, BATCH_EVENTS / max(self.rate, 1.0)), IDLE_SECONDS, ring_seconds)
-                pause = max(FASTEST_SECONDS, pause)
+                pause = min(max(STEADY_SECONDS, BATCH_EVENTS / max(self.rate, 1.0)), SLOWEST_SECONDS, ring_seconds)
+                # From one drain to the next: what the batch took is part of it.
+                pause = max(FASTEST_SECONDS, pause - (time.monotonic() - began))
             else:
                 pause = min(IDLE_SECONDS, pause * 1.5)
             if stop.is_set():  # all that remains is to wait for what attaches
