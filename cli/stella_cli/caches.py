@@ -43,10 +43,7 @@ def run(settings: Settings, *, as_json: bool) -> None:
 def found(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the caches that the services of a /status tell of."""
     for service in body.get("services", []):
-        caches = (service.get("detail") or {}).get("caches")
-        for name, said in (caches if isinstance(caches, dict) else {}).items():
-            if not isinstance(said, dict):
-                continue
+        for name, said in of_service(service.get("detail") or {}):
             figures = {key: said[key] for key in _FIGURES if isinstance(said.get(key), int | float)}
             asked = figures.get("hits", 0) + figures.get("misses", 0)
             yield {
@@ -57,6 +54,15 @@ def found(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "hit_rate": round(figures.get("hits", 0) / asked, 4) if asked else None,
                 "reasons": dict(said.get("reasons") or {}),
             }
+
+
+def of_service(detail: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the figures of each cache that a heartbeat tells of: `caches`, and the collector's `names`."""
+    for place in ("caches", "names"):
+        said = detail.get(place)
+        for name, figures in (said if isinstance(said, dict) else {}).items():
+            if isinstance(figures, dict) and "entries" in figures:
+                yield str(name), figures
 
 
 def runtimes(body: Mapping[str, Any]) -> list[list[str]]:

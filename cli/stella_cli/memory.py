@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from stella_cli import process
+from stella_cli import caches, process
 from stella_cli.node_file import NodeFile
 from stella_cli.settings import Settings
 from stella_shared import config, subjects
@@ -73,8 +73,8 @@ def _service(service: str, detail: Mapping[str, Any]) -> Iterator[Row]:
         yield "spool_bytes", float(detail["spool_bytes"]), _BYTES
         if "spool_max_bytes" in detail:
             yield "spool_max_bytes", float(detail["spool_max_bytes"]), _BYTES
-    for cache, content in (detail.get("caches") or {}).items():
-        for name, value in content.items() if isinstance(content, dict) else ():
+    for cache, content in caches.of_service(detail):
+        for name, value in content.items():
             unit = _SIZES.get(str(name).rpartition("_")[2])
             if unit and isinstance(value, int | float):
                 yield f"cache_{cache}_{name}", float(value), unit

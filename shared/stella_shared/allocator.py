@@ -9,7 +9,8 @@ from typing import Final
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
-_KEEP_BYTES: Final = 64 << 20
+#: What a process keeps of freed memory, at the most.
+KEEP_BYTES: Final = 64 << 20
 
 
 def keep_large_blocks() -> None:
@@ -21,6 +22,6 @@ def keep_large_blocks() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES)
         mallopt(_M_ARENA_MAX, 2)

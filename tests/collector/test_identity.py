@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from stella_collector import naming, targets
-from stella_collector.naming import KernelProgram, Namer, Question, read_build_id
+from stella_collector.naming import REMEMBERED_MAX, KernelProgram, Namer, Question, Remembered, read_build_id
 from stella_shared import events, raw_batches
 from stella_shared.events import FileOpen, ProcessExec
 from stella_shared.raw_batches import Record
@@ -513,3 +513,19 @@ def test_opens_connects_and_starts_say_which_code_called(watch: Start, tmp_path:
             assert event.stack is not None
             assert {build_id_of(str(program))} == {frame.build_id for frame in event.stack[:3]}, (name, event.stack)
             assert [name, "all", "main"] == [function_at(program, frame.offset) for frame in event.stack[:3]]
+
+
+def test_remembered_names_stay_within_both_bounds() -> None:
+    """The name that was not used for longest goes first; a name that is replaced is not counted twice."""
+    kept: Remembered[str] = Remembered(len, 10 * (250 + 100))
+    for i in range(50):
+        kept.put(i, "x" * 100)
+        kept.put(i, "y" * 100)
+        assert kept.get(0)
+        assert kept.stats()["bytes"] == 350 * kept.stats()["entries"] <= kept.stats()["max_bytes"]
+    assert "y" * 100 == kept.get(49)
+    assert kept.get(1) is None
+    many: Remembered[str] = Remembered(len, 1 << 30)
+    for i in range(REMEMBERED_MAX + 10):
+        many.put(i, "")
+    assert REMEMBERED_MAX == many.stats()["entries"]

@@ -339,6 +339,24 @@ def test_more_distinct_events_than_are_kept(make: type[Lines]) -> None:
 
 
 @both
+def test_kept_parts_stay_within_their_share_of_memory(make: type[Lines]) -> None:
+    """Large events and ever new places: both memories are within their bounds after each batch."""
+    lines = make(ALL, cache_bytes=1 << 20)
+    most = 0
+    for start in range(0, 2000, 20):
+        data = b"".join(
+            record(1, 1, file_open(b"/%d" % (start + i) + b"x" * 3000), seq=i, cgroup=start + i) for i in range(20)
+        )
+        raw = batch(data, {0: 20})
+        assert slow(raw, ALL, lambda _: CONTAINERS[2]) == of(lines.build(raw, lambda _: CONTAINERS[2]))
+        for kept in lines.stats().values():
+            assert kept["entries"] <= kept["max_entries"] and kept["bytes"] <= kept["max_bytes"], kept  # type: ignore[operator]
+        most = max(most, int(str(lines.stats()["events"]["bytes"])))
+    # It does keep something, and what it says it keeps is not less than the bytes themselves.
+    assert most > 20 * 2 * 3000
+
+
+@both
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.one_of(

@@ -293,3 +293,10 @@ def test_memory_is_bounded() -> None:
         redactor.redact(["app", "--password", str(i)], "/bin/app")
     assert 10 == len(redactor._remembered)
     assert REMEMBERED_MAX + 10 == redactor.counts["rule"]
+    small = Redactor(max_bytes=100_000)
+    for i in range(200):
+        assert MARK == small.redact(["app", "x" * 1500, "--password", str(i)], "/bin/app").argv[-1]
+        assert 0 < small.stats()["bytes"] <= 100_000
+    before = small.stats()
+    assert MARK == small.redact(["app", "x" * 60_000, "--password", "y"], "/bin/app").argv[-1]
+    assert small.stats()["bytes"] <= before["bytes"]

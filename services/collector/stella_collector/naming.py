@@ -17,11 +17,12 @@ import contextlib
 import os
 import queue
 import stat
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import anyio
 import msgspec
@@ -31,8 +32,12 @@ from stella_shared.kernel_records import device_text, text
 from stella_shared.raw_batches import Names
 from stella_shared.wire import FORGOTTEN_PROGRAM, PROGRAM_KERNEL, PROGRAM_NONE, PROGRAM_UNKNOWN, Program
 
-#: What is remembered here; the kernel's maps forget sooner.
+#: What is remembered here of each kind; the kernel's maps forget sooner.
 REMEMBERED_MAX: Final = 16_384
+#: Half for cgroups, half for programs.
+MAX_BYTES: Final = 32 << 20
+#: A remembered name without the content of its strings: key, slot, node of the order, and a `Program` besides.
+_ENTRY_BYTES, _PROGRAM_BYTES = 250, 150
 SETTLE_SECONDS: Final = 0.01
 WAITING_MAX: Final = 1024
 #: A program whose file could not be reached is asked about again after this, and no batch waits for it then.
@@ -68,6 +73,48 @@ class Question(msgspec.Struct, frozen=True):
     start_ns: int
 
 
+class Remembered(Generic[_Name]):
+    """A memory with a bound in entries and one in bytes, which forgets what was not used for longest."""
+
+    def __init__(self, size_of: Callable[[_Name], int], max_bytes: int) -> None:
+        self._size_of = size_of
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[int, _Name] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: int) -> _Name | None:
+        """Return what is remembered, and keep it longer than the rest."""
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: int, value: _Name) -> None:
+        """Remember `value`, in place of what was."""
+        if key in self._entries:
+            self._bytes -= self._size(self._entries.pop(key))
+        self._entries[key] = value
+        self._bytes += self._size(value)
+        while len(self._entries) > REMEMBERED_MAX or self._bytes > self._max_bytes:
+            self._bytes -= self._size(self._entries.popitem(last=False)[1])
+
+    def stats(self) -> dict[str, int]:
+        """Return sizes and bounds, for the heartbeat."""
+        return {
+            "entries": len(self._entries),
+            "max_entries": REMEMBERED_MAX,
+            "bytes": self._bytes,
+            "max_bytes": self._max_bytes,
+        }
+
+    def _size(self, value: _Name) -> int:
+        return _ENTRY_BYTES + self._size_of(value)
+
+
+def _size_of_program(program: Program) -> int:
+    return _PROGRAM_BYTES + sum(map(sys.getsizeof, (program.path, program.build_id, program.device)))
+
+
 class Namer:
     """Names of this node.  `cgroup_of` and `program_of` ask the kernel's maps, None for what is not there."""
 
@@ -77,12 +124,13 @@ class Namer:
         program_of: Callable[[int], KernelProgram | None],
         *,
         settle_seconds: float = SETTLE_SECONDS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self._cgroup_of = cgroup_of
         self._program_of = program_of
         self._settle_seconds = settle_seconds
-        self._cgroups: OrderedDict[int, str] = OrderedDict()
-        self._programs: OrderedDict[int, Program] = OrderedDict()
+        self._cgroups: Remembered[str] = Remembered(sys.getsizeof, max_bytes // 2)
+        self._programs: Remembered[Program] = Remembered(_size_of_program, max_bytes // 2)
         self._answers: queue.SimpleQueue[tuple[int, Program]] = queue.SimpleQueue()
         self._questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
         self._asked: set[int] = set()
@@ -126,9 +174,9 @@ class Namer:
                 self._count(programs[key].reason)
         return cgroups, programs
 
-    def stats(self) -> dict[str, int]:
-        """Return counts for the heartbeat: what is remembered, what waits."""
-        return {"cgroups": len(self._cgroups), "programs": len(self._programs), "waiting": len(self._asked)}
+    def stats(self) -> dict[str, Any]:
+        """Return figures for the heartbeat: what is remembered of each kind, how many programs wait."""
+        return {"cgroups": self._cgroups.stats(), "programs": self._programs.stats(), "waiting": len(self._asked)}
 
     def _count(self, reason: str) -> None:
         self.missing[reason] = self.missing.get(reason, 0) + 1
@@ -138,25 +186,21 @@ class Namer:
         if path is None and cgroup:
             path = self._cgroup_of(cgroup)
             if path is not None:
-                self._remember(self._cgroups, cgroup, path)
-        elif path is not None:
-            self._cgroups.move_to_end(cgroup)
+                self._cgroups.put(cgroup, path)
         return path
 
     def _ask(self, key: int, pid: int, start_ns: int) -> bool:
         """Have a program's build-id read when it is not known; return whether that is the first time."""
         known = self._programs.get(key)
-        if known is not None:
-            self._programs.move_to_end(key)
-            if known.reason not in _PASSING or time.monotonic() < self._again_at.get(key, 0.0):
-                return False
+        if known and (known.reason not in _PASSING or time.monotonic() < self._again_at.get(key, 0.0)):
+            return False
         if key in _FIXED or key == PROGRAM_NONE or key in self._asked or len(self._asked) >= WAITING_MAX:
             return False
         found = self._program_of(key)
         if found is None:
             return False
         if known is None:
-            self._remember(self._programs, key, described(found, reason="build_id_pending"))
+            self._programs.put(key, described(found, reason="build_id_pending"))
         if len(self._again_at) >= REMEMBERED_MAX:
             self._again_at.clear()
         self._again_at[key] = time.monotonic() + AGAIN_SECONDS
@@ -169,7 +213,7 @@ class Namer:
             while True:
                 key, program = self._answers.get_nowait()
                 self._asked.discard(key)
-                self._remember(self._programs, key, program)
+                self._programs.put(key, program)
                 self._is_slow = False
 
     def _read(self) -> None:
@@ -178,13 +222,6 @@ class Namer:
             question = self._questions.get()
             build_id, reason = read_build_id(question)
             self._answers.put((question.key, described(question.program, build_id, reason)))
-
-    @staticmethod
-    def _remember(cache: OrderedDict[int, _Name], key: int, value: _Name) -> None:
-        cache[key] = value
-        cache.move_to_end(key)
-        if len(cache) > REMEMBERED_MAX:
-            cache.popitem(last=False)
 
 
 def described(found: KernelProgram, build_id: str = "", reason: str = "") -> Program:

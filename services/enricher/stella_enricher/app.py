@@ -25,7 +25,7 @@ from stella_enricher.containers import Container, ContainerResolver, elsewhere, 
 from stella_enricher.frames import FrameNamer
 from stella_enricher.lines import Enriched, Part, all_lost, open_lines
 from stella_enricher.loudest import Loudest
-from stella_enricher.redaction import Redactor
+from stella_enricher.redaction import SHARE, Redactor
 from stella_enricher.runtimes.asking import Asking
 from stella_enricher.runtimes.finding import SocketFinder
 from stella_enricher.selection import Selection
@@ -82,10 +82,12 @@ class Enricher:
         self.asking = asking
         self.frames = frames
         redaction = signals.redaction
-        self.redactor = Redactor(redaction.patterns, redaction.keep, enabled=redaction.enabled)
-        self.lines = open_lines(
-            PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist), self.redactor, frames
+        cache_bytes = signals.resources.max_cache_memory_mb << 20
+        self.redactor = Redactor(
+            redaction.patterns, redaction.keep, enabled=redaction.enabled, max_bytes=int(cache_bytes * SHARE)
         )
+        paths = PathFilter(signals.filters.paths.allowlist, signals.filters.paths.denylist)
+        self.lines = open_lines(paths, self.redactor, frames, cache_bytes=cache_bytes)
         self.started_at = time.time()
         self.batches = 0
         self.poisoned = 0
@@ -296,6 +298,7 @@ class Enricher:
                 "reasons": {"no_table": symbols["without_table"]} if symbols["without_table"] else {},
             }
         found["arguments"] = {**self.redactor.stats()}
+        found |= self.lines.stats()
         return found
 
     def beat(self) -> Beat:

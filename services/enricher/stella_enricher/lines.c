@@ -16,6 +16,7 @@
 #include <string.h>
 
 #define TYPES 8
+#define ALLOCATIONS 64 /* what the C library adds to the four of an event */
 #define NUMBERS 256 /* room for the fixed words and the decimal numbers of one line */
 #define MAX_TABLE 65536 /* whos, or whats, of one batch */
 
@@ -66,6 +67,7 @@ struct lines {
 	uint64_t seed;
 	uint32_t events_mask, places_mask;
 	uint32_t events_used, places_used;
+	uint64_t events_bytes, events_max_bytes; /* keys and texts */
 	struct event *events;
 	struct place *places;
 	struct text node, run; /* `"node":"…",` and `"run":"…",` */
@@ -97,7 +99,8 @@ static void drop(struct text *t)
 	t->length = 0;
 }
 
-struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint32_t lanes, uint64_t seed)
+struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint32_t lanes, uint64_t seed,
+			       uint64_t events_max_bytes)
 {
 	struct lines *l = calloc(1, sizeof(*l));
 	if (!l)
@@ -106,6 +109,7 @@ struct lines *stella_lines_new(uint32_t events_log2, uint32_t places_log2, uint3
 	l->events_mask = (1u << events_log2) - 1;
 	l->places_mask = (1u << places_log2) - 1;
 	l->lanes = lanes;
+	l->events_max_bytes = events_max_bytes;
 	l->events = calloc((size_t)l->events_mask + 1, sizeof(*l->events));
 	l->places = calloc((size_t)l->places_mask + 1, sizeof(*l->places));
 	l->counted = calloc((size_t)lanes + 1, sizeof(uint64_t));
@@ -149,7 +153,15 @@ void stella_lines_forget(struct lines *l)
 		if (l->events[i].hash)
 			forget_event(&l->events[i]);
 	l->events_used = 0;
+	l->events_bytes = 0;
 	forget_places(l);
+}
+
+/* Events are forgotten between batches and nowhere else, so that what a batch has found stays where it is. */
+void stella_lines_trim(struct lines *l)
+{
+	if (l->events_used > l->events_mask / 2 || l->events_bytes > l->events_max_bytes)
+		stella_lines_forget(l);
 }
 
 void stella_lines_free(struct lines *l)
@@ -170,13 +182,11 @@ void stella_lines_free(struct lines *l)
 	free(l);
 }
 
-/* A new batch: outputs and counts start anew, and places are asked for again, for containers change. Events are
- * forgotten here and nowhere else, so that what a batch has found stays where it is. */
+/* A new batch: outputs and counts start anew, and places are asked for again, for containers change. */
 int stella_lines_begin(struct lines *l, const char *node, uint32_t node_length, const char *run,
 		       uint32_t run_length)
 {
-	if (l->events_used > l->events_mask / 2)
-		stella_lines_forget(l);
+	stella_lines_trim(l);
 	forget_places(l);
 	l->whats_known = l->whos_known = 0;
 	drop(&l->node);
@@ -243,6 +253,7 @@ int stella_lines_add_event(struct lines *l, const uint8_t *key, uint32_t key_len
 	e->anonymous = anonymous;
 	e->hash = hash;
 	l->events_used++;
+	l->events_bytes += (uint64_t)key_length + comm_length + event_length + source_length + ALLOCATIONS;
 	return DONE;
 }
 
@@ -406,6 +417,13 @@ const char *stella_lines_output(const struct lines *l, uint32_t type, uint64_t *
 const uint64_t *stella_lines_counts(const struct lines *l, int filtered)
 {
 	return filtered ? l->filtered : l->counted;
+}
+
+/* Return how many events are kept; `*bytes` is what they take beside their slots. */
+uint32_t stella_lines_kept(const struct lines *l, uint64_t *bytes)
+{
+	*bytes = l->events_bytes;
+	return l->events_used;
 }
 
 const uint32_t *stella_lines_of_whos(const struct lines *l)

@@ -28,6 +28,7 @@ import msgspec
 from stella_enricher.containers import Container
 from stella_enricher.frames import FrameNamer, WithStack
 from stella_enricher.redaction import Redactor
+from stella_enricher.remembering import SLOT_BYTES, text_bytes
 from stella_enricher.runtimes.facts import Pod
 from stella_shared import events
 from stella_shared.errors import BrokenPromise
@@ -41,8 +42,10 @@ from stella_shared.wire import FORGOTTEN_PROGRAM, LANE_KINDS, PROGRAM_NONE, Lane
 log = logging.getLogger(__name__)
 
 NATIVE: Final = Path(__file__).parent / "native" / "lines.so"
-#: Distinct events that are kept; beyond it the table starts anew.
+#: Distinct events that are kept; beyond it, and beyond their share of `max_cache_memory_mb`, the table starts anew.
 FRAGMENTS_MAX: Final = 65_536
+EVENTS_SHARE: Final = 0.25
+PLACES_SHARE: Final = 0.0625
 PLACES_LOG2: Final = 14
 PLACES_MAX: Final = 8192
 LANES_MAX: Final = 8192 * LANE_KINDS
@@ -89,11 +92,27 @@ class _Place(msgspec.Struct, frozen=True, gc=False):
     late: str = ""
 
 
+#: A `_Fragment` without the content of its strings.
+_FRAGMENT_BYTES: Final = 120
+#: A place without its texts: slot and key, `_Place`, the program that it was rendered from with its own texts.
+_PLACE_BYTES: Final = 1100
+
+
 class Lines(ABC):
     """Builds lines, keeping rendered parts from batch to batch.  Use `open_lines`; one for each enricher."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
+    def __init__(
+        self,
+        paths: PathFilter,
+        redactor: Redactor | None = None,
+        frames: FrameNamer | None = None,
+        *,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
         self._paths = paths
+        self.events_max_bytes = int(cache_bytes * EVENTS_SHARE)
+        self._places_max_bytes = int(cache_bytes * PLACES_SHARE)
+        self._places_bytes = 0
         self.redactor = redactor or Redactor()
         self._frames = frames
         self._rendered: tuple[str, str, list[str], int] = ("", "", [], 0)
@@ -109,6 +128,9 @@ class Lines(ABC):
             self._rendered = key
             self._forget()
         parts, counted, filtered, by_cgroup = self._put_together(batch, container_of)
+        if len(self._places) > PLACES_MAX or self._places_bytes > self._places_max_bytes:
+            self._places.clear()
+            self._places_bytes = 0
         return Enriched(parts, _ledger(batch.ledger, counted, filtered), by_cgroup)
 
     @abstractmethod
@@ -120,6 +142,28 @@ class Lines(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Drop every kept part."""
+
+    @abstractmethod
+    def _kept(self) -> tuple[int, int]:
+        """Return how many distinct events are kept, and what they take."""
+
+    def stats(self) -> dict[str, dict[str, object]]:
+        """Return the figures of both memories, for the heartbeat.  Between batches they are within their bounds."""
+        events, size = self._kept()
+        return {
+            "events": {
+                "entries": events,
+                "max_entries": FRAGMENTS_MAX,
+                "bytes": size,
+                "max_bytes": self.events_max_bytes,
+            },
+            "places": {
+                "entries": len(self._places),
+                "max_entries": PLACES_MAX,
+                "bytes": self._places_bytes,
+                "max_bytes": self._places_max_bytes,
+            },
+        }
 
     def _fragment(self, batch: RawBatch, what: bytes) -> _Fragment:
         """Render a what of the batch."""
@@ -150,10 +194,10 @@ class Lines(ABC):
         kept = self._places.get(key)
         if kept is not None and (kept[0] is container or kept[0] == container) and kept[1] == said:
             return kept[2]
-        if len(self._places) >= PLACES_MAX:
-            self._places.clear()
         place = _rendered_place(batch, cgroup, program, container)
         self._places[key] = (container, said, place)
+        if kept is None:
+            self._places_bytes += _PLACE_BYTES + text_bytes(place.before, place.between, place.after, place.late)
         return place
 
     def _redacted(self, event: ProcessExec) -> ProcessExec:
@@ -234,19 +278,31 @@ def _ledger(ledger: Ledger, counted: dict[int, int], filtered: dict[int, int]) -
 class PythonLines(Lines):
     """The loop in Python."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
-        super().__init__(paths, redactor, frames)
+    def __init__(
+        self,
+        paths: PathFilter,
+        redactor: Redactor | None = None,
+        frames: FrameNamer | None = None,
+        *,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        super().__init__(paths, redactor, frames, cache_bytes=cache_bytes)
         self._fragments: dict[bytes, _Fragment] = {}
+        self._fragments_bytes = 0
 
     def _forget(self) -> None:
         self._fragments.clear()
+        self._fragments_bytes = 0
+
+    def _kept(self) -> tuple[int, int]:
+        return len(self._fragments), self._fragments_bytes
 
     def _known(self, batch: RawBatch, what: bytes) -> _Fragment:
         fragment = self._fragments.get(what)
         if fragment is None:
-            if len(self._fragments) >= FRAGMENTS_MAX:
-                self._fragments.clear()
             fragment = self._fragments[what] = self._fragment(batch, what)
+            size = len(what) + text_bytes(fragment.comm, fragment.event, fragment.source)
+            self._fragments_bytes += size + SLOT_BYTES + _FRAGMENT_BYTES
         return fragment
 
     def _put_together(
@@ -285,19 +341,31 @@ class PythonLines(Lines):
                 f'"seq":{seq},{fragment.source}{thread}"ts_ns":{ts}{user}}}\n'
             )
         parts = [Part(TYPE_NAMES[kind], len(out[kind]), _packed("".join(out[kind]).encode())) for kind in sorted(out)]
+        if len(self._fragments) > FRAGMENTS_MAX or self._fragments_bytes > self.events_max_bytes:
+            self._forget()
         return parts, counted, filtered, by_cgroup
 
 
 class CLines(Lines):
     """The loop in C."""
 
-    def __init__(self, paths: PathFilter, redactor: Redactor | None = None, frames: FrameNamer | None = None) -> None:
-        super().__init__(paths, redactor, frames)
+    def __init__(
+        self,
+        paths: PathFilter,
+        redactor: Redactor | None = None,
+        frames: FrameNamer | None = None,
+        *,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        super().__init__(paths, redactor, frames, cache_bytes=cache_bytes)
         lib = ctypes.CDLL(str(NATIVE))
         lib.stella_lines_new.restype = c_void_p
-        lib.stella_lines_new.argtypes = (c_uint32, c_uint32, c_uint32, c_uint64)
+        lib.stella_lines_new.argtypes = (c_uint32, c_uint32, c_uint32, c_uint64, c_uint64)
         lib.stella_lines_free.argtypes = (c_void_p,)
         lib.stella_lines_forget.argtypes = (c_void_p,)
+        lib.stella_lines_trim.argtypes = (c_void_p,)
+        lib.stella_lines_kept.restype = c_uint32
+        lib.stella_lines_kept.argtypes = (c_void_p, POINTER(c_uint64))
         lib.stella_lines_begin.argtypes = (c_void_p, c_char_p, c_uint32, c_char_p, c_uint32)
         lib.stella_lines_run.restype = c_int
         lib.stella_lines_run.argtypes = (c_void_p, c_char_p, c_uint64, POINTER(c_uint64))
@@ -319,7 +387,9 @@ class CLines(Lines):
         self._lib = lib
         self._lanes = LANES_MAX
         # Twice the slots, so that probing stays short.
-        self._table = lib.stella_lines_new(FRAGMENTS_MAX.bit_length(), PLACES_LOG2, self._lanes, secrets.randbits(64))
+        self._table = lib.stella_lines_new(
+            FRAGMENTS_MAX.bit_length(), PLACES_LOG2, self._lanes, secrets.randbits(64), self.events_max_bytes
+        )
         if not self._table:
             raise MemoryError("no memory for the table of events")
 
@@ -330,6 +400,10 @@ class CLines(Lines):
 
     def _forget(self) -> None:
         self._lib.stella_lines_forget(self._table)
+
+    def _kept(self) -> tuple[int, int]:
+        size = c_uint64()
+        return int(self._lib.stella_lines_kept(self._table, byref(size))), size.value
 
     def _put_together(
         self, batch: RawBatch, container_of: Callable[[int], Container]
@@ -381,15 +455,16 @@ class CLines(Lines):
             if of_whos[index]:
                 cgroup = WHO.unpack_from(data, BATCH_COUNTS.size + index * WHO.size)[0]
                 by_cgroup[cgroup] = by_cgroup.get(cgroup, 0) + of_whos[index]
+        lib.stella_lines_trim(table)
         return parts, found, dropped, by_cgroup
 
 
-def open_lines(paths: PathFilter, redactor: Redactor, frames: FrameNamer) -> Lines:
-    """Return the best builder there is."""
+def open_lines(paths: PathFilter, redactor: Redactor, frames: FrameNamer, *, cache_bytes: int) -> Lines:
+    """Return the best builder there is.  It takes its shares of `cache_bytes`."""
     if NATIVE.exists():
-        return CLines(paths, redactor, frames)
+        return CLines(paths, redactor, frames, cache_bytes=cache_bytes)
     log.warning("the C line builder is not built; building lines in Python, which costs more")
-    return PythonLines(paths, redactor, frames)
+    return PythonLines(paths, redactor, frames, cache_bytes=cache_bytes)
 
 
 def all_lost(ledger: Ledger) -> Ledger:

@@ -10,6 +10,7 @@ when it is redacted anew, so that a redacted command line always stays as it is.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -22,8 +23,12 @@ from stella_shared import expressions
 MARK: Final = "***"
 #: Changes with the built-in rules; the heartbeat says it.
 RULES_VERSION: Final = "1"
-#: Distinct command lines that are remembered; beyond it the table starts anew.
+#: Distinct command lines that are remembered; beyond it, and beyond `max_bytes`, the table starts anew.
 REMEMBERED_MAX: Final = 1024
+#: Their share of `max_cache_memory_mb`.
+SHARE: Final = 0.0625
+#: A remembered command line without its arguments, and an argument's slots.
+_ENTRY_BYTES, _WORD_BYTES = 700, 16
 #: Redacting what is redacted must change nothing; this often it is tried.
 _ROUNDS: Final = 3
 #: What one pattern of the user's may find in one argument; one that finds more takes it whole.
@@ -45,11 +50,19 @@ class Redactor:
     `counts` has how many arguments were redacted, by what: `rule`, `pattern`, `failure`.
     """
 
-    def __init__(self, patterns: Sequence[str] = (), keep: Iterable[str] = (), *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        patterns: Sequence[str] = (),
+        keep: Iterable[str] = (),
+        *,
+        enabled: bool = True,
+        max_bytes: int = 16 << 20,
+    ) -> None:
         self._patterns = [expressions.compile_pattern(text) for text in patterns] if enabled else []
         self._keep = frozenset(keep)
         self._enabled = enabled
         self.hits = self.misses = 0
+        self._bytes, self._max_bytes = 0, max_bytes
         self._remembered: dict[tuple[str, bool, bool, tuple[str, ...]], tuple[Redacted, dict[str, int]]] = {}
         self.counts = {"rule": 0, "pattern": 0, "failure": 0}
         own = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:12]
@@ -69,9 +82,15 @@ class Redactor:
             self.hits += 1
         else:
             self.misses += 1
-            if len(self._remembered) >= REMEMBERED_MAX:
+            # Each argument stands in the key and in the answer.
+            size = _ENTRY_BYTES + len(argv) * _WORD_BYTES + 2 * sum(map(sys.getsizeof, argv))
+            if len(self._remembered) >= REMEMBERED_MAX or self._bytes + size > self._max_bytes:
                 self._remembered.clear()
-            known = self._remembered[key] = self._redact(argv, filename, script=script, cut=cut)
+                self._bytes = 0
+            known = self._redact(argv, filename, script=script, cut=cut)
+            if size <= self._max_bytes:
+                self._remembered[key] = known
+                self._bytes += size
         redacted, counts = known
         for cause, times in counts.items():
             self.counts[cause] += times
@@ -82,6 +101,8 @@ class Redactor:
         return {
             "entries": len(self._remembered),
             "max_entries": REMEMBERED_MAX,
+            "bytes": self._bytes,
+            "max_bytes": self._max_bytes,
             "hits": self.hits,
             "misses": self.misses,
         }
