@@ -12,24 +12,28 @@ from stella_shared.errors import NotPermitted, UsageError
 _PORT_MAX = 65535
 
 
-def write(directory: str, listen: str, store: str, *, monitor: str, certificate: str, key: str) -> None:
-    """Write the files, and say which goes where."""
-    for option, value in (("--listen", listen), ("--monitor", monitor)):
+def write(directory: str, store: str, *, replace: bool, **given: str) -> None:
+    """Write the files, and say which goes where.  `given`: the fields of `External` but the store."""
+    folder = Path(directory).absolute()
+    server = nats_server.External(store=Path(store).absolute() if store else folder / "jetstream", **given)
+    for option, value in (("--listen", server.listen), ("--monitor", server.monitor)):
         if value and not _is_address(value):
             raise UsageError(f"{option} {value} is not ADDRESS:PORT", hint=f"for instance {option} 127.0.0.1:4222")
-    if bool(certificate) != bool(key):
+    if bool(server.certificate) != bool(server.key):
         raise UsageError("--tls-certificate and --tls-key go together", hint="name both PEM files, or neither")
-    folder = Path(directory).absolute()
-    place = Path(store).absolute() if store else folder / "jetstream"
+    if server.authority and not server.certificate:
+        raise UsageError(
+            "--tls-ca needs --tls-certificate and --tls-key", hint="a server without TLS sees no certificate"
+        )
     try:
-        accounts = nats_server.write_external(folder, nats_server.External(listen, place, monitor, certificate, key))
+        accounts = nats_server.write_external(folder, server, replace=replace)
     except OSError as e:
         raise NotPermitted(
             f"cannot write {e.filename or folder}: {e.strerror}", hint="run as the owner of that directory"
         ) from None
     click.echo(f"server    {folder / 'nats.conf'}: nats-server --config {folder / 'nats.conf'}")
     for user, account in accounts.items():
-        old = "" if account.seed else "  (a password of an older release; remove the file, and it gets a key)"
+        old = "" if account.seed else "  (a password of an older release; --replace-keys makes keys)"
         click.echo(f"account   {folder / user}.json{old}")
     click.echo("\nEach service takes its own account file: bus.json in its state directory, or")
     click.echo("signals.bus.credentials_file; signals.bus.url names the server.")

@@ -164,25 +164,32 @@ class External(NamedTuple):
     monitor: str = ""
     certificate: str = ""
     key: str = ""
+    #: Who vouches for clients, each of which must then show a certificate.
+    authority: str = ""
 
 
-def write_external(folder: Path, server: External) -> dict[str, BusUser]:
-    """Write `nats.conf` and each user's own account file into `folder`; accounts that are there stay.  Return them.
+def write_external(folder: Path, server: External, *, replace: bool = False) -> dict[str, BusUser]:
+    """Write `nats.conf` and each user's own account file into `folder`.  Return the accounts.
+
+    Accounts that are there stay, unless all are to be replaced by new ones.
 
     An account file (`collector.json`, …) holds that user alone, mode 0600, in the form of `bus.json`: a service
     that is given its own file cannot speak as another one.  Passwords of an older release stay too: the services
-    that have them run elsewhere, and would be locked out.
+    that have them run elsewhere, and would be locked out.  Cut off half-way, the next call makes the files fit again.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     accounts: dict[str, BusUser] = {}
     for user in (*USERS, "reader"):
         path = folder / f"{user}.json"
-        accounts[user] = bus_accounts.kept(path).get(user) or bus_accounts.new()
+        there = {} if replace else bus_accounts.kept(path)
+        accounts[user] = there.get(user) or bus_accounts.new()
         bus_accounts.write(path, {user: accounts[user]})
     content = configuration(server.listen, server.store, accounts)
     if server.monitor:
         content["http"] = server.monitor
     if server.certificate:
         content["tls"] = {"cert_file": server.certificate, "key_file": server.key, "timeout": 5}
+        if server.authority:
+            content["tls"] |= {"ca_file": server.authority, "verify": True}
     _write(folder / "nats.conf", content)
     return accounts

@@ -184,7 +184,9 @@ class Supervisor:
             await self._start(tasks, [self._make("nats", "nats", command)])
             await self._bus_answers()
         account = bus_user(signals, "operator")
-        self.bus = await connected(stack, self._bus_url, name="supervisor", account=account, seconds=BUS_SECONDS)
+        self.bus = await connected(
+            stack, self._bus_url, name="supervisor", account=account, tls=signals.bus.tls, seconds=BUS_SECONDS
+        )
         await self._make_streams()
         tasks.start_soon(self._listen, self.bus)
         enrichers = [self._make_service("enricher", n) for n in range(1, signals.enrichers + 1)]

@@ -16,7 +16,7 @@ from stella_cli import event_rows, failure, gateway
 from stella_cli.settings import Settings
 from stella_shared import clock, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import BusUser, bus_url, bus_user
+from stella_shared.config import BusTls, BusUser, bus_url, bus_user
 from stella_shared.errors import NotFound, TryAgain, UsageError
 from stella_shared.events import EVENT_TYPES
 from stella_shared.evidence import compressed
@@ -41,14 +41,14 @@ def run(settings: Settings, types: list[str], count: int | None, form: str | Non
 
 
 async def connected(
-    stack: contextlib.AsyncExitStack, url: str, *, name: str, account: BusUser | None, seconds: float
+    stack: contextlib.AsyncExitStack, url: str, *, name: str, account: BusUser | None, tls: BusTls, seconds: float
 ) -> Bus:
     """Return a connection that `stack` closes.  Raises `TryAgain` when none stands after `seconds`."""
     try:
         # A server that never answers must not keep a person waiting, whatever the client library does.
         with anyio.fail_after(seconds + 1.0):
             return await stack.enter_async_context(
-                Bus.connect(url, name=name, account=account, patience_seconds=seconds)
+                Bus.connect(url, name=name, account=account, tls=tls, patience_seconds=seconds)
             )
     except TimeoutError:
         raise TryAgain(
@@ -73,7 +73,7 @@ async def _tail(settings: Settings, types: list[str], count: int | None, as_tabl
     url, account = where(settings)
     async with contextlib.AsyncExitStack() as stack:
         try:
-            bus = await connected(stack, url, name="tail", account=account, seconds=2.0)
+            bus = await connected(stack, url, name="tail", account=account, tls=settings.signals.bus.tls, seconds=2.0)
         except TryAgain:
             if gateway.running_node(settings) is None and not settings.signals.bus.url:
                 raise NotFound(

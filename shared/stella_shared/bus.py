@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -33,9 +34,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
-from stella_shared import subjects
-from stella_shared.config import BusUser
-from stella_shared.errors import BrokenPromise, NotPermitted, TryAgain
+from stella_shared import bus_tls, subjects
+from stella_shared.config import BusTls, BusUser
+from stella_shared.errors import BrokenPromise, NotPermitted, StellaError, TryAgain
 from stella_shared.wire import Beat, decode_beat, encode_beat
 
 _MSG_ID = "Nats-Msg-Id"
@@ -171,40 +172,101 @@ class Work:
         return int(info.num_pending or 0), int(info.num_ack_pending or 0)
 
 
+class _Client(Client):
+    """The library's client, which takes its TLS anew from the files at each connection, and insists on it.
+
+    `fault` is why the last attempt to connect was refused, by either side; None once a connection stands.
+    """
+
+    def __init__(self, url: str, tls: BusTls) -> None:
+        super().__init__()
+        self.fault: StellaError | None = None
+        self._url = url
+        self._tls = tls
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        try:
+            return bus_tls.context(self._tls)
+        except StellaError as e:
+            raise bus_tls.Unusable(e) from None
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # The library would go on in the clear, whatever the URL says, for a server that does not ask for TLS; and
+        # anybody on the way can make it one.
+        if initial_connection and self._url.startswith("tls://") and not info.get("tls_required"):
+            raise bus_tls.no_tls(self._url)
+        await super()._process_info(info, initial_connection=initial_connection)
+
+    async def give_up(self) -> None:
+        """Close what an attempt left, whatever state it was cut off in: the library's `close` may think it is done."""
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self.close(), 1.0)
+        if self._transport is not None:
+            self._transport.close()  # type: ignore[no-untyped-call]
+            with contextlib.suppress(Exception):
+                # After a handshake that failed there is nobody who would tell, so not for long.
+                await asyncio.wait_for(self._transport.wait_closed(), 0.2)  # type: ignore[no-untyped-call]
+
+    def failed(self, e: Exception, who: str) -> bool:
+        """Note what `e` says of trust; return whether it says anything."""
+        fault = bus_tls.fault(e, self._url, self._tls)
+        if fault is None and "uthorization" in str(e):
+            fault = NotPermitted(
+                f"the NATS server at {self._url} refuses {who}",
+                hint="check bus.credentials_file, or the state directory's bus.json",
+            )
+        self.fault = fault or self.fault
+        return fault is not None
+
+
 class Bus:
     """One connection to NATS.  Use `async with Bus.connect(…)`."""
 
-    def __init__(self, nc: Client) -> None:
+    def __init__(self, nc: _Client) -> None:
         self._nc = nc
         self._js = nc.jetstream(timeout=5.0)
 
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(
-        cls, url: str, *, name: str, account: BusUser | None = None, patience_seconds: float = 30.0
+        cls,
+        url: str,
+        *,
+        name: str,
+        account: BusUser | None = None,
+        tls: BusTls = BusTls(),  # noqa: B008  # it is frozen
+        patience_seconds: float = 30.0,
     ) -> AsyncIterator[Bus]:
         """Connect to `url` and close at the end of the block.
 
         Without an `account` the server decides who that is.  Waits up to `patience_seconds` for a server that
-        is still starting.  Raises `TryAgain` when there is none, `NotPermitted` when it refuses the account.
+        is still starting.  Raises `TryAgain` when there is none or its certificate has expired, `NotPermitted`
+        when either side refuses the other, `ConfigError` for files of `tls` that cannot be used.
         """
-        nc = Client()
+        urls = [part.strip() for part in url.split(",")]
         who = "a client without a name" if account is None else f"user {account.user}" if account.user else "our nkey"
-        refused = False
-
-        async def quiet(e: Exception) -> None:
-            # Disconnects and slow spells show in heartbeats and counters; the library's default is a traceback.
-            # At first it is the only one to hear that a server refuses us: `connect` just goes on trying.
-            nonlocal refused
-            refused = refused or "uthorization" in str(e)
-
-        deadline = asyncio.get_running_loop().time() + patience_seconds
+        nc = _Client(url, tls)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_seconds
         while True:
             try:
                 # A client that reconnects for ever also tries for ever at first: bound each try ourselves.
-                async with asyncio.timeout(_CONNECT_SECONDS):
+                async with asyncio.timeout(_CONNECT_SECONDS) as limit:
+
+                    async def quiet(e: Exception, nc: _Client = nc, limit: asyncio.Timeout = limit) -> None:
+                        # Disconnects and slow spells show in heartbeats and counters; the library's default is a
+                        # traceback. At first it is the only one to hear that a server refuses us: `connect` just
+                        # goes on trying. Another server of several may take us.
+                        if nc.failed(e, who) and len(urls) == 1:
+                            with contextlib.suppress(RuntimeError):  # the block was left: it is about a reconnect
+                                limit.reschedule(loop.time())
+
+                    async def well(nc: _Client = nc) -> None:
+                        nc.fault = None
+
                     await nc.connect(
-                        url,
+                        urls,
                         name=f"stella {name}",
                         user=(account and account.user) or None,
                         password=(account and account.password) or None,
@@ -217,23 +279,22 @@ class Bus:
                         max_outstanding_pings=3,
                         pending_size=_PENDING_BYTES,
                         error_cb=quiet,
+                        reconnected_cb=well,
                     )
+                nc.fault = None
                 break
             except (nats.errors.Error, OSError, TimeoutError) as e:
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(nc.close(), 1.0)
-                if refused or "uthorization" in str(e):
-                    raise NotPermitted(
-                        f"the NATS server at {url} refuses {who}",
-                        hint="check bus.credentials_file, or the state directory's bus.json",
-                    ) from None
-                if asyncio.get_running_loop().time() > deadline:
+                await nc.give_up()
+                nc.failed(e, who)
+                if nc.fault is not None and (not isinstance(nc.fault, TryAgain) or loop.time() > deadline):
+                    raise nc.fault from None
+                if loop.time() > deadline:
                     raise TryAgain(
                         f"no NATS server answers at {url}: {str(e) or 'time-out'}",
                         hint="start one, or leave bus.url empty to run the embedded server",
                     ) from None
                 await asyncio.sleep(0.1)
-                nc = Client()
+                nc = _Client(url, tls)
         try:
             yield cls(nc)
         finally:
@@ -249,11 +310,16 @@ class Bus:
         """Whether the connection stands at this moment."""
         return bool(self._nc.is_connected)
 
+    def _away(self) -> TryAgain:
+        """Return the error for a connection that does not stand."""
+        why = self._nc.fault
+        return TryAgain(f"the bus is not connected{f': {why}' if why else ''}", hint=why.hint if why else "")
+
     async def ping(self) -> None:
         """Ask the server for a sign of life.  Raises `TryAgain`."""
         # `flush` returns at once when the read loop has died with the connection, so look at that first.
         if not self._nc.is_connected:
-            raise TryAgain("the bus is not connected")
+            raise self._away()
         try:
             async with asyncio.timeout(2.5):
                 await self._nc.flush(timeout=2)
@@ -307,7 +373,7 @@ class Bus:
         Returns after the server's ack; raises `TryAgain` (repeat with the same id).
         """
         if not self._nc.is_connected:
-            raise TryAgain("the bus is not connected")
+            raise self._away()
         headers = {_MSG_ID: msg_id}
         if head:
             headers[subjects.HEAD_HEADER] = head

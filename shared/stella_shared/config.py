@@ -384,6 +384,28 @@ class Logging(_Section, frozen=True):
     format: Annotated[Literal["json", "text"], _key("`json`: one object a line. `text`: for people.")] = "json"
 
 
+class BusTls(_Section, frozen=True):
+    """TLS towards the server of bus.url.  The files are read anew at each connection, so that they can be renewed."""
+
+    ca_file: Annotated[
+        str,
+        _text(
+            "PEM file with the certificates of the authorities that may vouch for the server, and no others. Empty: "
+            "those that the machine trusts."
+        ),
+    ] = ""
+    cert_file: Annotated[
+        str,
+        _text(
+            "PEM file with the certificate that the server is shown, and those between it and its authority. "
+            "Needs key_file. Empty: none is shown."
+        ),
+    ] = ""
+    key_file: Annotated[
+        str, _text("PEM file with the key of cert_file, without a passphrase. Readable by the part's user alone.")
+    ] = ""
+
+
 class BusSection(_Section, frozen=True):
     """The NATS server between the services."""
 
@@ -404,6 +426,7 @@ class BusSection(_Section, frozen=True):
             "bus.json in the state directory. Empty: that bus.json."
         ),
     ] = ""
+    tls: Annotated[BusTls, _key("TLS towards the server of bus.url.")] = BusTls()
 
 
 class Redaction(_Section, frozen=True):
@@ -743,7 +766,7 @@ def _read(path: Path) -> bytes:
 
 def _cross_faults(signals: Signals) -> list[str]:
     """Check what concerns two keys at once."""
-    faults = _rekor_faults(signals.rekor)
+    faults = _rekor_faults(signals.rekor) + _bus_faults(signals.bus)
     state, evidence = PurePosixPath(state_directory(signals)), PurePosixPath(signals.output_directory)
     if state == evidence or evidence in state.parents or state in evidence.parents:
         faults.append(
@@ -751,6 +774,18 @@ def _cross_faults(signals: Signals) -> list[str]:
             "clearing the evidence must not clear the keys"
         )
     return faults
+
+
+def _bus_faults(bus: BusSection) -> list[str]:
+    """Check that what is meant to be encrypted is."""
+    if bool(bus.tls.cert_file) != bool(bus.tls.key_file):
+        return ["signals.bus.tls: cert_file and key_file go together; name both, or neither"]
+    servers = bus.url.split(",")
+    if bus.tls != BusTls() and not all(server.strip().startswith("tls://") for server in servers):
+        return ["signals.bus.tls is set, and signals.bus.url is not tls://…; the node's own server has no TLS"]
+    if len({server.strip().partition(":")[0] for server in servers}) > 1:
+        return ["signals.bus.url mixes nats:// and tls://; a client that cannot reach one would go on without TLS"]
+    return []
 
 
 def _rekor_faults(rekor: Rekor) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from stella_shared import config
 from tests.deploy import engine as kit
 from tests.deploy.engine import Engine
 
@@ -66,6 +67,31 @@ def test_systemd_finds_no_fault_in_a_unit(fake_root: Path, unit: Path) -> None:
     name = unit.name.replace("@.", "@1.")
     done = kit.run("systemd-analyze", f"--root={fake_root}", "verify", f"{fake_root}/etc/systemd/system/{name}")
     assert "" == done
+
+
+@pytest.mark.parametrize("drop_in", sorted(FOLDER.glob("drop-ins/*.conf")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("part", ["collector", "enricher@", "signer", "gateway"])
+def test_systemd_finds_no_fault_in_a_unit_with_a_drop_in(fake_root: Path, part: str, drop_in: Path) -> None:
+    """Each of them on each part, whether it has a use for it there or not."""
+    folder = fake_root / f"etc/systemd/system/stellaops-{part}.service.d"
+    folder.mkdir()
+    try:
+        shutil.copy(drop_in, folder)
+        unit = f"{fake_root}/etc/systemd/system/stellaops-{part.replace('@', '@1')}.service"
+        assert "" == kit.run("systemd-analyze", f"--root={fake_root}", "verify", unit)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_certificates_of_the_bus_are_read_where_they_are_renewed() -> None:
+    """Not from credentials, which would be as old as the service; by a group that sysusers makes."""
+    found = settings(FOLDER / "drop-ins/bus-tls.conf")
+    assert "LoadCredential" not in found
+    (group,) = found["SupplementaryGroups"]
+    assert re.search(rf"^g {group} ", (FOLDER / "stellaops.sysusers.conf").read_text(), re.MULTILINE)
+    environment = dict(row.split("=", 1) for row in found["Environment"])
+    tls = config.load(None, {**environment, "STELLA_SIGNALS__BUS__URL": "tls://bus:4222"}).bus.tls
+    assert {Path("/etc/stellaops/tls")} == {Path(file).parent for file in (tls.ca_file, tls.cert_file, tls.key_file)}
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.stem)

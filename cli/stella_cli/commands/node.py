@@ -7,6 +7,8 @@ import click
 from stella_cli.commands.groups import signals
 from stella_cli.commands.options import everywhere, output_form, remembered, settings
 
+_FILE = click.Path(dir_okay=False)
+
 
 @signals.command(short_help="Make key, directories and configuration file.")
 @everywhere
@@ -42,25 +44,37 @@ def init(output_directory: str | None) -> None:
     help="Where the server keeps its streams. Otherwise `jetstream` in --directory.",
 )
 @click.option("--monitor", default="", metavar="ADDRESS:PORT", help="Where it answers /healthz. Otherwise nowhere.")
-@click.option("--tls-certificate", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-key.")
-@click.option("--tls-key", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-certificate.")
-def bus_config(
-    directory: str, listen: str, *, store_directory: str | None, monitor: str, tls_certificate: str, tls_key: str
-) -> None:
+@click.option(
+    "--tls-certificate", "certificate", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-key."
+)
+@click.option(
+    "--tls-key", "key", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-certificate."
+)
+@click.option(
+    "--tls-ca",
+    "authority",
+    default="",
+    type=_FILE,
+    help="PEM file: clients must show a certificate that one of these authorities has signed.",
+)
+@click.option("--replace-keys", is_flag=True, help="Make new keys for all accounts; the old ones cease to be valid.")
+def bus_config(directory: str, store_directory: str | None, *, replace_keys: bool, **server: str) -> None:
     """Write the configuration of a NATS server of your own, for services that run apart.
 
     Beside nats.conf there is one account file for each service and for `operator` and `reader`: give each
     service its own, as bus.json in its state directory or by signals.bus.credentials_file.
-    Accounts that are there are kept, so it can be run again.
+    Accounts that are there are kept, so it can be run again, unless --replace-keys is given: stop the services and
+    the server first, and give each service its new file before it starts.
 
     \b
     Example:
-      stella signals bus-config --directory /etc/stellaops/bus --listen 0.0.0.0:4222
+      stella signals bus-config --directory /etc/stellaops/bus --listen 0.0.0.0:4222 \
+        --tls-certificate /etc/stellaops/tls/tls.crt --tls-key /etc/stellaops/tls/tls.key
     Exit codes: 0 written, 2 wrong use, 3 the directory cannot be written
     """
     from stella_cli import bus_files
 
-    bus_files.write(directory, listen, store_directory or "", monitor=monitor, certificate=tls_certificate, key=tls_key)
+    bus_files.write(directory, store_directory or "", replace=replace_keys, **server)
 
 
 @signals.command(short_help="Run a node until it is stopped.")

@@ -422,7 +422,7 @@ async def serve(signals: Signals, path: Path | None = None) -> None:
     left = runs.look(lib, lib.possible_cpus() * LANE_KINDS, shape, keeps=ring.can_keep())
     with lifecycle.stop_event() as stop, _kernel(signals, lib, runs, left) as kernel:
         account = bus_user(signals, "collector")
-        async with Bus.connect(bus_url(signals), name="collector", account=account) as bus:
+        async with Bus.connect(bus_url(signals), name="collector", account=account, tls=signals.bus.tls) as bus:
             if left.go_on is not None:
                 journal: Journal | None = runs.journal(lib, left.go_on.run, kernel.lanes)
                 remembered = left.go_on

@@ -104,7 +104,7 @@ async def serve(signals: Signals, path: Path) -> None:
     played = 0
     taken: dict[int, int] = {}
     with lifecycle.stop_event() as stop:
-        async with Bus.connect(bus_url(signals), name="collector", account=account) as bus:
+        async with Bus.connect(bus_url(signals), name="collector", account=account, tls=signals.bus.tls) as bus:
             spool = Spool(bus, subjects.raw(node), SPOOL_BYTES)
 
             def put(frame: Frame, *, final: bool = False) -> None:

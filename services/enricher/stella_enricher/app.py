@@ -407,7 +407,8 @@ async def serve(signals: Signals, instance: str) -> None:
     account = bus_user(signals, "enricher")
     async with contextlib.AsyncExitStack() as stack:
         stop = stack.enter_context(lifecycle.stop_event())
-        bus = await stack.enter_async_context(Bus.connect(bus_url(signals), name=instance, account=account))
+        connecting = Bus.connect(bus_url(signals), name=instance, account=account, tls=signals.bus.tls)
+        bus = await stack.enter_async_context(connecting)
         work = await stack.enter_async_context(
             bus.work(
                 subjects.RAW_STREAM,

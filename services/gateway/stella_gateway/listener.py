@@ -29,7 +29,7 @@ async def follow(signals: Signals, board: Board, make_beat: Callable[[], Beat], 
             account = config.bus_user(signals, "gateway")
             with anyio.move_on_after(_PATIENCE_SECONDS) as patience:
                 async with (
-                    Bus.connect(url, name="gateway", account=account, patience_seconds=0.0) as bus,
+                    Bus.connect(url, name="gateway", account=account, tls=signals.bus.tls, patience_seconds=0.0) as bus,
                     anyio.create_task_group() as tasks,
                 ):
                     patience.deadline = math.inf

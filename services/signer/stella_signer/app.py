@@ -128,7 +128,9 @@ class Signer:
         account = config.bus_user(self._signals, SERVICE)
         url = config.bus_url(self._signals)
         for attempt in range(30):
-            connecting = Bus.connect(url, name=SERVICE, account=account, patience_seconds=RETRY_SECONDS)
+            connecting = Bus.connect(
+                url, name=SERVICE, account=account, tls=self._signals.bus.tls, patience_seconds=RETRY_SECONDS
+            )
             try:
                 return await stack.enter_async_context(connecting)
             except TryAgain:
