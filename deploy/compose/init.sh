@@ -1,7 +1,12 @@
 #!/bin/sh
 # Makes what a node needs and has not yet: the signing key and the chain, the bus users, the gateway's token.
 # Each volume then belongs to the user that uses it, and each service sees its own bus key alone.
+# --replace-keys: makes new bus keys for all, in place of those that are there.
 set -eu
+case $* in
+  "" | --replace-keys) ;;
+  *) echo "stella-init: unknown: $*; allowed: --replace-keys, or nothing" >&2; exit 2 ;;
+esac
 umask 077
 user=10001:10001
 
@@ -11,9 +16,11 @@ chmod 0700 /var/lib/stellaops/state
 made=$(setpriv --reuid 10001 --regid 10001 --clear-groups stella signals init)
 printf '%s\n' "$made" | grep -v '^Next: '
 
+# With a folder of certificates the bus speaks TLS, and asks clients for theirs.
+tls=${STELLA_BUS_TLS:+--tls-certificate $STELLA_BUS_TLS/tls.crt --tls-key $STELLA_BUS_TLS/tls.key --tls-ca $STELLA_BUS_TLS/ca.crt}
 # The account files stay beside the server's configuration, so that the next run finds them.
 stella signals bus-config --directory /init/nats --listen "${STELLA_BUS_LISTEN:-0.0.0.0:4222}" --monitor 127.0.0.1:8222 \
-  --store-directory /etc/nats/jetstream >/dev/null
+  --store-directory /etc/nats/jetstream $tls "$@" >/dev/null
 chown -R "$user" /init/nats
 
 # give SERVICE OWNER FOLDER
@@ -39,4 +46,9 @@ secret /init/token/token
 secret /init/grafana/password
 if [ -d /init/token ]; then
   install -m 0400 -o "${user%:*}" -g "${user#*:}" /init/nats/reader.json /init/token/reader.json
+fi
+
+# Where a kubelet looks for profiles.
+if [ -d /init/seccomp ]; then
+  install -m 0444 /opt/stella/share/seccomp/collector.json /init/seccomp/collector.json
 fi

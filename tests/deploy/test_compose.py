@@ -23,6 +23,7 @@ from stella_shared.evidence.report import ChainReport
 from stella_shared.evidence.verify import verify_chain
 from tests.deploy import engine as kit
 from tests.deploy.engine import Engine, Layout
+from tests.shared.certificates import Authority
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -62,13 +63,14 @@ class Node:
             services[name]["cgroup"] = cgroup
         self.override = folder / "override.yaml"
         self.override.write_text(yaml.safe_dump({"services": services}))
+        self.overlays: list[Path] = []
         self.volumes = engine.data / "volumes"
         self.evidence = self.volumes / "stella-signals_evidence" / "_data" / "evidence"
         self.state = self.volumes / "stella-signals_signer-state" / "_data"
 
     def compose(self, *words: str, timeout: float = 60.0) -> str:
         """Run one `docker compose` command on the shipped file with the test's own settings over it."""
-        files = ("-f", COMPOSE / "compose.yaml", "-f", self.override)
+        files = [word for file in (COMPOSE / "compose.yaml", *self.overlays, self.override) for word in ("-f", file)]
         return self.engine.docker("compose", "--progress", "quiet", *files, *words, timeout=timeout)
 
     def up(self, *words: str) -> None:
@@ -180,8 +182,8 @@ def signed_lines(node: Node, work: Workload) -> ChainReport:
 def test_what_a_container_did_is_signed_by_a_node_of_containers_and_a_restart_continues_the_chain(
     images: Engine,
 ) -> None:
-    """Images from the tree, `up`, a signed event of a named container, `down`, `up` with two enricher containers."""
-    with brought_up(images) as node:
+    """Images from the tree, `up`, a signed event of a named container, `down`, `up` with two enrichers and TLS."""
+    with brought_up(images) as node, certificates(images) as issue:
         work = Workload(images, "/etc/hostname")
         first = signed_lines(node, work)
         is_confined(node)
@@ -189,16 +191,51 @@ def test_what_a_container_did_is_signed_by_a_node_of_containers_and_a_restart_co
         node.down()
         assert "stop" == node.verified().chunks[-1].close_reason
 
+        old = set(node.passwords())
+        node.compose("run", "--rm", "--no-TTY", "init", "--replace-keys")
+        # The gateway's token stays.
+        assert 1 == len(old & set(node.passwords()))
+
+        node.overlays.append(COMPOSE / "compose.tls.yaml")
         node.up("--scale", "enricher=2")
         eventually("two enrichers beat", lambda: 2 == len(services(node.status(), "enricher")))
         again = Workload(images, "/etc/passwd")
-        second = signed_lines(node, again)
+        signed_lines(node, again)
+        # Of another authority, so that an old one would let nobody in.
+        issue()
+        node.compose("restart", "nats")
+        second = signed_lines(node, Workload(images, "/etc/shells"))
         node.down()
     last = node.verified()
     assert first.chain_id == second.chain_id == last.chain_id
     assert first.last < second.last
     assert (0, {}) == (last.totals.lost, last.lost_by_cause)
     assert 0 == len(last.warnings), last.warnings
+
+
+@contextlib.contextmanager
+def certificates(engine: Engine) -> Iterator[Callable[[], None]]:
+    """Lay certificates where compose.tls.yaml looks for them; give what lays new ones."""
+    folder = engine.folder / "tls"
+
+    def issue() -> None:
+        for side in ("server", "client"):
+            (folder / side).mkdir(parents=True, exist_ok=True)
+        authority = Authority(folder)
+        for side, host in (("server", "nats"), ("client", "client")):
+            pair = authority.pair(side, host=host)
+            for source, name in ((authority.ca, "ca.crt"), (pair.certificate, "tls.crt"), (pair.key, "tls.key")):
+                place = folder / side / name
+                place.write_bytes(source.read_bytes())
+                os.chown(place, 10001, 10001)
+                place.chmod(0o400)
+
+    issue()
+    engine.environment["STELLA_TLS"] = str(folder)
+    try:
+        yield issue
+    finally:
+        del engine.environment["STELLA_TLS"]
 
 
 def services(status: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -240,6 +277,11 @@ def is_confined(node: Node) -> None:
         assert ["1"] == held["NoNewPrivs:"]
         assert ("0" if capabilities else "10001") == held["Uid:"][0], service
         assert found["HostConfig"]["ReadonlyRootfs"]
+        # The collector's own profile holds for whatever runs in its container; the engine's allows links.
+        link = f"ln -s x /run/stella/{service} 2>&1 || true"
+        if service != "nats":
+            said = node.engine.docker("exec", found["Id"], "sh", "-c", link)
+            assert ("Operation not permitted" in said) == (service == "collector"), said
         said = json.dumps(found) + node.engine.docker("history", "--no-trunc", found["Image"])
         assert not [secret for secret in secrets if secret in said], service
 

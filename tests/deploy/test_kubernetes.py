@@ -110,6 +110,26 @@ def test_a_container_has_the_rights_of_its_compose_service(name: str) -> None:
     assert unconfined == (context.get("appArmorProfile", {}).get("type") == "Unconfined")
     if not service.get("cap_add"):
         assert context["runAsNonRoot"] is True
+    profiled = "seccomp=../seccomp/collector.json" in service["security_opt"]
+    assert profiled == (name == "collector") == (context.get("seccompProfile", {}).get("type") == "Localhost")
+
+
+def test_the_collectors_profile_is_where_its_container_looks() -> None:
+    """`init`, which has ended before, lays the shipped file below the kubelet's folder of profiles."""
+    (folder,) = [v["hostPath"]["path"] for v in pod()["volumes"] if v["name"] == "seccomp"]
+    profile = (
+        Path("/var/lib/kubelet/seccomp")
+        / containers()["collector"]["securityContext"]["seccompProfile"]["localhostProfile"]
+    )
+    assert (Path(folder), "collector.json") == (profile.parent, profile.name)
+    assert (
+        "/opt/stella/share/seccomp/collector.json /init/seccomp/collector.json"
+        in (ROOT / "deploy/compose/init.sh").read_text()
+    )
+    assert (
+        "COPY deploy/seccomp/collector.json /opt/stella/share/seccomp/"
+        in (ROOT / "deploy/compose/Dockerfile").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -127,6 +147,9 @@ def test_a_container_sees_the_mounts_of_its_compose_service(name: str) -> None:
         found[tmpfs.partition(":")[0]] = (False, "")
     expected = {target: what for target, what in found.items() if target not in COMPOSE_ONLY}
     here = {t: (ro, source if source.startswith("/sys") else "") for t, (ro, source) in mine.items()}
+    # The engine reads the profile from where the compose file is, the kubelet from a folder of its own.
+    assert ("/init/seccomp" in here) == (name == "init")
+    here.pop("/init/seccomp", None)
     assert expected == here
 
 
@@ -169,4 +192,37 @@ def test_the_component_gives_the_enricher_the_runtimes_folders() -> None:
     spec["volumes"] += added["volumes"]
     (enricher,) = [c for c in spec["initContainers"] if c["name"] == container["name"]]
     enricher["volumeMounts"] += container["volumeMounts"]
+    kubernetes_validate.validate(whole, VERSIONS[0], strict=True)
+
+
+def test_the_component_for_a_bus_outside_gives_each_part_its_account_and_the_certificates() -> None:
+    """What the configuration accepts as TLS; each part sees its own account alone; and Kubernetes takes the result."""
+    folder = FOLDER / "bus-tls"
+    component = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert ("Component", [{"path": "parts.yaml"}]) == (component["kind"], component["patches"])
+    patch = yaml.safe_load((folder / "parts.yaml").read_text())
+    added = patch["spec"]["template"]["spec"]
+    whole = daemonset()
+    spec = whole["spec"]["template"]["spec"]
+    gone, *sidecars = added["initContainers"]
+    assert {"name": "nats", "$patch": "delete"} == gone
+    spec["initContainers"] = [c for c in spec["initContainers"] if c["name"] != "nats"]
+    spec["volumes"] += added["volumes"]
+    volumes = {v["name"]: v["secret"] for v in added["volumes"]}
+    by_name = {c["name"]: c for c in [*spec["initContainers"], *spec["containers"]]}
+    for container in [*sidecars, *added["containers"]]:
+        name = container["name"]
+        environment = {row["name"]: row["value"] for row in container["env"]}
+        mounts = {m["mountPath"]: volumes[m["name"]] for m in container["volumeMounts"]}
+        signals = config.load(FOLDER / "stellaops.yaml", {**environment, "STELLA_SIGNALS__BUS__URL": "tls://bus:4222"})
+        tls = signals.bus.tls
+        assert {Path(file).parent for file in (tls.ca_file, tls.cert_file, tls.key_file)} == {
+            Path("/run/secrets/bus-tls")
+        }
+        assert "stella-bus-tls" == mounts["/run/secrets/bus-tls"]["secretName"]
+        account = Path(signals.bus.credentials_file)
+        assert [{"key": f"{name}.json", "path": account.name}] == mounts[str(account.parent)]["items"]
+        by_name[name]["env"] += container["env"]
+        by_name[name]["volumeMounts"] += container["volumeMounts"]
+    assert {"signer", "enricher", "collector", "gateway"} == {c["name"] for c in [*sidecars, *added["containers"]]}
     kubernetes_validate.validate(whole, VERSIONS[0], strict=True)
