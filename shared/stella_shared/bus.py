@@ -32,6 +32,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from stella_shared import bus_tls, subjects
@@ -47,6 +48,7 @@ _CONSUMER_CHECK_SECONDS = 2.0
 # event loop. It is a constant of its module, read at each use.
 nats.aio.client.DEFAULT_BUFFER_SIZE = 1 << 20
 _CONNECT_SECONDS = 3.0
+_CLOSE_SECONDS = 0.5
 
 
 class Message:
@@ -172,6 +174,20 @@ class Work:
         return int(info.num_pending or 0), int(info.num_ack_pending or 0)
 
 
+class _Transport(TcpTransport):
+    """A connection whose end is waited for, but not for ever: after a handshake that failed nobody tells of it."""
+
+    async def wait_closed(self) -> None:
+        ending = asyncio.ensure_future(super().wait_closed())  # type: ignore[no-untyped-call]
+        await asyncio.wait({ending}, timeout=_CLOSE_SECONDS)
+        if not ending.cancel() and not ending.cancelled():
+            ending.result()
+
+
+# The library makes its connections of this name.
+nats.aio.client.TcpTransport = _Transport  # type: ignore[attr-defined]
+
+
 class _Client(Client):
     """The library's client, which takes its TLS anew from the files at each connection, and insists on it.
 
@@ -205,8 +221,7 @@ class _Client(Client):
         if self._transport is not None:
             self._transport.close()  # type: ignore[no-untyped-call]
             with contextlib.suppress(Exception):
-                # After a handshake that failed there is nobody who would tell, so not for long.
-                await asyncio.wait_for(self._transport.wait_closed(), 0.2)  # type: ignore[no-untyped-call]
+                await self._transport.wait_closed()  # type: ignore[no-untyped-call]
 
     def failed(self, e: Exception, who: str) -> bool:
         """Note what `e` says of trust; return whether it says anything."""

@@ -113,6 +113,22 @@ async def test_a_client_that_the_server_does_not_trust_is_told_which_certificate
     assert "signals.bus.tls.cert_file" in error.hint
 
 
+async def test_one_of_several_servers_is_enough(tmp_path: Path, authority: Authority) -> None:
+    """One that is not there and one that cannot be trusted do not keep a client from the third."""
+    tls = BusTls(ca_file=str(authority.ca))
+    folders = [tmp_path / name for name in ("gone", "stranger", "good")]
+    for folder in folders:
+        folder.mkdir()
+    gone = TlsServer(folders[0], authority.pair("gone"))
+    with (
+        TlsServer(folders[1], Authority(folders[1], "other").pair("stranger")) as stranger,
+        TlsServer(folders[2], authority.pair("server")) as good,
+    ):
+        async with Bus.connect(", ".join((gone.url, stranger.url, good.url)), name="test", tls=tls) as bus:
+            await bus.ping()
+            assert bus._nc.fault is None
+
+
 async def test_what_was_to_be_encrypted_is_not_said_in_the_clear(tmp_path: Path) -> None:
     """A server that asks for no TLS, as whoever sits on the way can make it look, gets no CONNECT from a tls:// URL."""
     heard = b""
