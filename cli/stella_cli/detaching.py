@@ -137,7 +137,7 @@ def _plan(program: _Program, pinned: set[int]) -> str:
     if not program.holders and program.id in pinned:
         return "would be unpinned: nobody reads it"
     if not program.holders:
-        return "would be detached by its link's id" if program.links else "is attached to nothing"
+        return "would be detached by its link's id" if program.links else "attached to nothing"
     ours = [pid for pid in program.holders if _is_collector(pid)]
     return f"would end {_named(ours)}" if ours else f"would stay: held by {_named(program.holders)}, no collector"
 
@@ -145,6 +145,8 @@ def _plan(program: _Program, pinned: set[int]) -> str:
 def _outcome(before: _Program, after: _Program | None, detached: set[int], ended: dict[int, str]) -> str:
     if before.links and {link.id for link in before.links} <= detached:
         return "detached"
+    if after is not None and not after.links and not before.links:
+        return "attached to nothing"
     if after is None or not after.links:
         how = sorted({f"{words} (pid {pid})" for pid, words in ended.items() if pid in before.holders})
         return f"gone: {', '.join(how)}" if how else "gone with what held it"

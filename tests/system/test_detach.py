@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.node import Node
+from tests.system.node import Node, running
 
 pytestmark = pytest.mark.kernel
 
@@ -107,3 +109,71 @@ def test_pins_of_a_node_that_is_gone_are_removed_when_asked(node: Node) -> None:
     said = json.loads(node.stella("detach", "--wait", "0", "--pins", "--format", "json").stdout)
     assert ["removed"] == [p["done"] for p in said["pins"]]
     assert not Path(said["pins"][0]["path"]).exists()
+
+
+#: A machine of its own as far as processes, mounts and pins go; programs are the kernel's, and seen from everywhere.
+ALONE = (
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount",
+    "--propagation",
+    "private",
+    "--mount-proc",
+    "sh",
+    "-ec",
+)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Node]:
+    """A node that is not to be touched."""
+    with running(tmp_path / "outside", "detach-outside") as made:
+        yield made
+
+
+def test_all_ends_the_nodes_that_it_sees_and_names_what_others_hold(tmp_path: Path, outside: Node) -> None:
+    """`--all` in a pid namespace: the node in there ends in order; the one outside goes on, and is told."""
+    inside = Node(tmp_path / "inside", "detach-inside")
+    stella = f"{sys.executable} -m stella_cli signals"
+    config = f"--config {inside.config}"
+    script = f"""
+        mount -t bpf bpf /sys/fs/bpf
+        {stella} init {config} >/dev/null
+        {stella} start {config} --detach >/dev/null
+        cp {inside.state}/run/node.json {tmp_path}
+        ls /sys/fs/bpf/stella
+        status=0
+        {stella} detach {config} --all --pins --wait 30 --format json >{tmp_path}/said || status=$?
+        echo $status
+        ls /sys/fs/bpf/stella
+    """
+    try:
+        done = subprocess.run([*ALONE, script], capture_output=True, text=True, timeout=120, check=False)
+        assert 0 == done.returncode, done.stderr + inside.logs()
+        pinned, status, *left = done.stdout.split("\n")
+        children = json.loads((tmp_path / "node.json").read_text())["children"]
+        (collector,) = [child["who"]["pid"] for child in children if child["name"] == "collector"]
+        assert pinned.startswith("detach-inside-")
+        assert [""] == left
+        programs = json.loads((tmp_path / "said").read_text())["programs"]
+        seen = [p for p in programs if p["holders"]]
+        assert {collector} == {pid for p in seen for pid in p["holders"]}
+        assert {f"gone: its node was ended (pid {collector})"} == {p["done"] for p in seen}
+        assert {"stella_exec", "stella_opena_en", "stella_sr_ue"} <= {p["name"] for p in seen}
+        theirs = {p["id"]: bool(p["links"]) for p in loaded(outside)[outside.pids()["collector"]]}
+        told = {p["id"]: p["done"] for p in programs if p["id"] in theirs}
+        assert set(theirs) == set(told)
+        for number, linked in theirs.items():
+            assert told[number] == (
+                "LEFT: held by nobody who can be seen from here" if linked else "attached to nothing"
+            )
+        assert "1" == status
+        assert "programs are still attached, held by nobody who can be seen from here" in done.stderr
+        report = inside.verify()
+        assert (True, {}) == (report.valid, report.lost_by_cause)
+        assert "stop" == report.chunks[-1].close_reason
+        assert "ok" == outside.get("/health")["components"]["collector"]["state"]
+    finally:
+        inside.cgroup.remove()
