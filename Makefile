@@ -19,7 +19,7 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install test crash-matrix fuzz lint check bench bench-docs bench-needs soak bench-signing bench-verify \
+.PHONY: up demo install ready engine test crash-matrix fuzz lint check bench bench-docs bench-needs soak bench-signing bench-verify \
 	bench-redaction bench-symbols bench-containers bench-functions reference sbom audit lock clean system-build system-test
 
 up: install
@@ -37,7 +37,8 @@ define need
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" != 0 ]; then echo "these packages are missing:$$missing (sudo apt-get install$$missing)"; exit 3; fi; \
 	  echo "installing$$missing"; \
-	  (apt-get install -y --no-install-recommends $$missing || (apt-get update && apt-get install -y --no-install-recommends $$missing)) >/tmp/stella-apt.log 2>&1 \
+	  flock /tmp/stella-apt.lock sh -c "apt-get install -y --no-install-recommends $$missing || \
+	    (apt-get update && apt-get install -y --no-install-recommends $$missing)" >/tmp/stella-apt.log 2>&1 \
 	    || { tail -20 /tmp/stella-apt.log; exit 1; }; \
 	fi
 endef
@@ -71,7 +72,15 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: install system-test $(NODE_MODULES) lint
+# What is downloaded, built and checked before the tests waits for other things each: side by side.
+ready: lint $(NODE_MODULES) engine
+
+# The container engine that tests/deploy unpacks.
+engine: install system-test
+	$(BIN)/python -c 'from tests.deploy import engine; engine.lacking() or engine.fetch()'
+
+test:
+	$(MAKE) -j3 --output-sync=target ready
 	$(BIN)/python -m pytest
 
 # Every system call of the signer on its files, failed and killed in turn: some minutes.

@@ -54,7 +54,7 @@ NOT_RUN = {
     "stella signals lines 42 | stella signals symbolize": "needs frames; tests/cli/test_symbolize.py has them",
     "stella signals symbolize 93ac61ec5a8eb1396f9fbd350e3169a558528a40": "the same",
     "stella signals inspect registry.example/shop": "no container runs; tests/cli/test_inspect.py",
-    "stella signals detach --all": "it would end every node here; tests/system/test_detach.py runs it where it sees one",
+    "stella signals detach --all": "it would end every node here; tests/system/test_detach.py has it in a namespace",
     'stella signals lines 42 | grep \'"type":"net_connect"\'': "as the line before it; tests/evidence/test_proof.py",
 }
 #: Ends other than with 0, by the beginning of the line: which codes are right, and words that tell why.
