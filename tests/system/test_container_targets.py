@@ -98,6 +98,7 @@ def test_a_label_selects_containers_from_their_first_program_on(engine: Engine, 
     for selector, ids in ((WEB, teams["web"]), (DB, [*teams["db"], later["db"]])):
         assert set(ids) == {t["container"] for t in covered if t["asked"] == selector and "container" in t}
 
-    assert {"containers", "images", "symbols", "symbol_tables", "arguments"} == {cache["cache"] for cache in caches}
+    enrichers = {"containers", "images", "symbols", "symbol_tables", "arguments", "events", "places"}
+    assert {*enrichers, "cgroups", "programs"} == {cache["cache"] for cache in caches}
     assert str(engine.socket) in table
     assert f"stellaops_signals_runtime_up{{api=docker,socket={engine.socket}}} 1" in figures

@@ -8,48 +8,40 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from stella_shared.evidence.compressed import frames_of
 from stella_shared.evidence.verify import verify_chain
-from tests.system.node import free_port
+from tests.system.node import free_port, free_ports
 
 TYPES = {"file_open", "process_exec", "tcp_state", "net_connect", "ssl_op"}
 
 
-def seen(http: int) -> set[str]:
-    """Return the types of events that the enrichers of a node have seen, none while it does not answer."""
+def seen(port: int) -> set[str]:
+    """Return the types of events that a node has made lines of, none while it does not answer."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{http}/status", timeout=5) as reply:
-            services = json.load(reply)["services"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5) as answer:
+            return set(json.load(answer)["totals"]["events_by_type"] or {})
     except OSError:
         return set()
-    return {name for service in services for name in service["detail"].get("events", {})}
-
-
-def eventually(true: Callable[[], bool], seconds: float = 40.0) -> None:
-    """Wait until something is true."""
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it never became true"
-        time.sleep(0.2)
 
 
 def test_the_demo_needs_no_privilege_and_says_what_it_is(tmp_path: Path) -> None:
     """Without any capability the recording becomes a valid chain, whose coverage names the stand-in."""
     config = tmp_path / "stellaops.yaml"
-    http = free_port()
-    config.write_text(yaml.safe_dump({"signals": {"bus": {"port": free_port()}, "metrics": {"port": http}}}))
+    bus, http = free_ports()
+    config.write_text(yaml.safe_dump({"signals": {"bus": {"port": bus}, "metrics": {"port": http}}}))
     evidence = tmp_path / "demo" / "evidence"
     powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     command = [*powerless, sys.executable, "-m", "stella_cli", "signals", "start", "--demo"]
     command += ["--config", str(config), "--target", str(evidence)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
         try:
-            eventually(lambda: TYPES <= seen(http))
+            deadline = time.monotonic() + 40
+            while not seen(http) >= TYPES and time.monotonic() < deadline:
+                time.sleep(0.2)
             demo.send_signal(signal.SIGINT)
             said, _ = demo.communicate(timeout=40)
         finally:
@@ -62,10 +54,9 @@ def test_the_demo_needs_no_privilege_and_says_what_it_is(tmp_path: Path) -> None
     ledgers = [json.loads(p.read_text()) for p in sorted(evidence.glob("*.ledger.json"))]
     documents = [entry["document"] for ledger in ledgers for entry in ledger["coverage"]]
     assert documents and all(document["stand_in"].startswith("recording ") for document in documents)
-    lines = [
-        json.loads(line) for path in evidence.glob("*.ndjson.zst") for f in frames_of(path) for line in f.splitlines()
-    ]
-    assert TYPES <= {x["event"]["type"] for x in lines}
+    frames = [frame for path in evidence.glob("*.ndjson.zst") for frame in frames_of(path)]
+    lines = [json.loads(line) for frame in frames for line in frame.splitlines()]
+    assert {x["event"]["type"] for x in lines} >= TYPES
 
 
 def test_without_root_the_node_says_what_is_missing(tmp_path: Path) -> None:
