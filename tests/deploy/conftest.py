@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,54 +14,69 @@ import pytest
 from tests.deploy import engine as kit
 from tests.deploy.engine import Engine
 
-COMPOSE = Path(__file__).parents[2] / "deploy" / "compose"
-TARGETS = ("nats", "collector", "enricher", "gateway", "signer", "cli")
-#: A machine on which everything is installed as docs/deployment.md says, out of the other images, and systemd runs.
-MACHINE = """
-FROM runtime AS machine
-RUN apt-get update && apt-get install -y --no-install-recommends systemd systemd-sysv libelf1
-COPY --from=collector-packages /opt/stella /opt/stella
-COPY --from=enricher-packages /opt/stella /opt/stella
-COPY --from=signer-packages /opt/stella /opt/stella
-COPY --from=gateway-packages /opt/stella /opt/stella
-COPY --from=cli-packages /opt/stella /opt/stella
-COPY --from=nats-packages /usr/local/bin/nats-server /opt/stella/bin/nats-server
-HEALTHCHECK NONE
-CMD ["/lib/systemd/systemd"]
-"""
+PREPARE_SECONDS = 900
+#: What the engine's folder may take, and from how much free memory on it is kept there: to write and remove thousands
+#: of small files on a disk takes longer than the tests.
+SCRATCH_BYTES = 6 << 30
+FREE_BYTES = 2 * SCRATCH_BYTES
+
+
+class Preparation:
+    """A folder, and the process that makes an engine's images in it."""
+
+    def __init__(self) -> None:
+        # Not /tmp, which may be a file system that overlayfs cannot stand on.
+        self.folder = Path(tempfile.mkdtemp(prefix="stella-engine-", dir="/var/tmp"))
+        self._in_memory = free_bytes() > FREE_BYTES
+        if self._in_memory:
+            kit.run("mount", "-t", "tmpfs", "-o", f"size={SCRATCH_BYTES},mode=0711", "stella-engine", self.folder)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by `remove`
+        # It takes the time that nobody else wants.
+        command = ["nice", "-n", "19", sys.executable, "-m", "tests.deploy.prepare", self.folder]
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, cwd=Path(__file__).parents[2])
+
+    def finished(self) -> Engine:
+        """Return the engine, not running, whose data root holds the images."""
+        if self._process.wait(PREPARE_SECONDS):
+            self._log.seek(0)
+            raise AssertionError(self._log.read()[-6000:])
+        return Engine(self.folder)
+
+    def remove(self) -> None:
+        """End it, and remove all that it has made."""
+        self._process.terminate()
+        self._process.wait(60)
+        self._log.close()
+        if self._in_memory:
+            kit.run("umount", "--lazy", self.folder)
+        shutil.rmtree(self.folder)
+
+
+PREPARATION = pytest.StashKey[Preparation]()
+
+
+def free_bytes() -> int:
+    """Return how much memory could be had without pushing anything out."""
+    rows = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
+    return int(rows["MemAvailable"].split()[0]) << 10
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin at once with what takes two minutes, when a test will ask for it."""
+    wanted = any("engine" in item.fixturenames and Path(__file__).parent in item.path.parents for item in session.items)  # type: ignore[attr-defined]
+    if wanted and not session.config.option.collectonly and not kit.lacking():
+        session.config.stash[PREPARATION] = Preparation()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave nothing, however far the tests have come."""
+    if PREPARATION in session.config.stash:
+        session.config.stash[PREPARATION].remove()
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def engine(pytestconfig: pytest.Config) -> Iterator[Engine]:
     """An engine, not running, whose data root holds our images.  What the machine lacks is told and skips the test."""
     if reason := kit.lacking():
         pytest.skip(f"no container engine of our own: {reason}")
-    kit.fetch()
-    # Not /tmp, which may be a file system that overlayfs cannot stand on.
-    with tempfile.TemporaryDirectory(prefix="stella-engine-", dir="/var/tmp") as folder:
-        engine = Engine(Path(folder))
-        with engine.running(bridges=False):
-            engine.import_base()
-            build_all(engine)
-        yield engine
-
-
-def build_all(engine: Engine) -> None:
-    """Build every image from the shipped Dockerfile, side by side: compose would build them one after the other."""
-    dockerfile = engine.folder / "Dockerfile"
-    dockerfile.write_text((COMPOSE / "Dockerfile").read_text() + MACHINE)
-    shutil.copy(COMPOSE / "Dockerfile.dockerignore", engine.folder)
-    words = ("build", "--quiet", "--network", "host", "--file", dockerfile)
-    builds = [
-        engine.start_docker(*words, "--target", target, "--tag", f"stella-signals/{target}", COMPOSE.parents[1])
-        for target in (*TARGETS, "machine")
-    ]
-    try:
-        for build in builds:
-            _, said = build.communicate(timeout=300)
-            assert 0 == build.returncode, said[-4000:]
-    finally:
-        for build in builds:
-            if build.poll() is None:
-                build.terminate()
-                build.communicate()
+    yield pytestconfig.stash[PREPARATION].finished()

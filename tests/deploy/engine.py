@@ -137,9 +137,11 @@ class Engine:
         self.data = folder / "data"
         self.socket = folder / "docker.sock"
         self.namespace = f"stella-test-{os.getpid()}"
-        (folder / "client" / "cli-plugins").mkdir(parents=True)
-        for plugin in (KEPT / "root/usr/libexec/docker/cli-plugins").iterdir():
-            (folder / "client" / "cli-plugins" / plugin.name).symlink_to(plugin)
+        plugins = folder / "client" / "cli-plugins"
+        if not plugins.exists():
+            plugins.mkdir(parents=True)
+            for plugin in (KEPT / "root/usr/libexec/docker/cli-plugins").iterdir():
+                (plugins / plugin.name).symlink_to(plugin)
         self.environment = {
             "PATH": f"{KEPT / 'root/usr/bin'}:{KEPT / 'root/usr/libexec/docker'}:{KEPT / 'root/usr/sbin'}:"
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

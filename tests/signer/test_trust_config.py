@@ -49,6 +49,22 @@ def test_each_operator_gives_its_newest_version_that_holds() -> None:
     assert (["http://a2", "http://b1"], 2) == chosen(services, "EXACT", 2)
 
 
+def test_the_signing_config_of_the_runbook_is_one_that_a_signer_takes() -> None:
+    """It has no other keys than those that a whole one has, and gives the log and the authority that it names."""
+    page = (Path(__file__).parents[2] / "docs" / "runbook.md").read_text()
+    (text,) = [
+        part.partition("```")[0] for part in page.split("```json\n") if "rekorTlogUrls" in part.partition("```")[0]
+    ]
+    assert set(json.loads(text)) < set(trust.signing_config())
+    services = trust_config.choose(EMPTY, text.encode(), NOW)
+    assert [("https://rekor.example", 2)] == [(log.url, log.major_api_version) for log in services.logs]
+    assert (1, ["https://tsa.example/api/v1/timestamp"], 1) == (
+        services.logs_wanted,
+        services.tsas,
+        services.tsas_wanted,
+    )
+
+
 def test_too_few_services_are_an_error() -> None:
     """A signing config that asks for more logs than are valid cannot be followed."""
     with pytest.raises(ConfigError, match="asks for 2 logs, 1 are valid"):
