@@ -44,12 +44,8 @@ def init(output_directory: str | None) -> None:
     help="Where the server keeps its streams. Otherwise `jetstream` in --directory.",
 )
 @click.option("--monitor", default="", metavar="ADDRESS:PORT", help="Where it answers /healthz. Otherwise nowhere.")
-@click.option(
-    "--tls-certificate", "certificate", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-key."
-)
-@click.option(
-    "--tls-key", "key", default="", type=click.Path(dir_okay=False), help="PEM file; needs --tls-certificate."
-)
+@click.option("--tls-certificate", "certificate", default="", type=_FILE, help="PEM file; needs --tls-key.")
+@click.option("--tls-key", "key", default="", type=_FILE, help="PEM file; needs --tls-certificate.")
 @click.option(
     "--tls-ca",
     "authority",
