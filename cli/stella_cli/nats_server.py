@@ -37,8 +37,10 @@ _STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
 
 
 def _work_on(stream: str, durable: str) -> list[str]:
-    """Requests of a worker: make its consumer and its streams again when they are gone, ack what it got."""
+    """Requests of a worker: make its consumer and its streams again when they are gone, ask for work, ack it."""
     return [
+        f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}",
+        f"$JS.API.CONSUMER.DELETE.{stream}.{durable}",
         f"$JS.API.CONSUMER.CREATE.{stream}.{durable}",
         f"$JS.API.CONSUMER.CREATE.{stream}.{durable}.>",
         f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.{durable}",
@@ -71,11 +73,8 @@ def permissions(user: str) -> dict[str, dict[str, list[str]]]:
     public = [subjects.ENRICHED_SUBJECTS, subjects.BEATS]
     table: dict[str, tuple[list[str], list[str]]] = {
         "collector": (["stella.raw.>", *beats, *_LOOK], [_ANSWERS, subjects.targets("*")]),
-        "enricher": (
-            [subjects.ENRICHED_SUBJECTS, subjects.targets("*"), *beats, *_LOOK, *raw_work],
-            [_ANSWERS, *_delivery(subjects.RAW_DURABLE)],
-        ),
-        "signer": ([*beats, *_LOOK, *enriched_work], [_ANSWERS, *_delivery(subjects.SIGNER_DURABLE)]),
+        "enricher": ([subjects.ENRICHED_SUBJECTS, subjects.targets("*"), *beats, *_LOOK, *raw_work], [_ANSWERS]),
+        "signer": ([*beats, *_LOOK, *enriched_work], [_ANSWERS]),
         "gateway": ([*beats, *_LOOK], [_ANSWERS, subjects.BEATS]),
         "operator": (["$JS.API.>"], [_ANSWERS, *public]),
     }
@@ -83,10 +82,6 @@ def permissions(user: str) -> dict[str, dict[str, list[str]]]:
         return {"publish": {"deny": [">"]}, "subscribe": {"allow": public}}
     publish, subscribe = table[user]
     return {"publish": {"allow": publish}, "subscribe": {"allow": subscribe}}
-
-
-def _delivery(durable: str) -> list[str]:
-    return [f"stella.deliver.{durable}"]
 
 
 def find_binary() -> str:

@@ -213,7 +213,7 @@ def _subjects() -> str:
         f"| `{subjects.RAW_STREAM}`, then new batches are refused | {subjects.RAW_MAX_BYTES // mib} MiB |",
         f"| `{subjects.ENRICHED_STREAM}`, then the oldest go | {subjects.ENRICHED_MAX_BYTES // mib} MiB, "
         f"{subjects.ENRICHED_MAX_AGE_SECONDS:g} s |",
-        f"| signer's lag at which enrichers wait | {subjects.SIGNER_LAG_LIMIT_BYTES // mib} MiB |",
+        f"| signer's lag at which enrichers wait | {subjects.SIGNER_LAG_SHARE:.0%} of that |",
         f"| wait for an ack before a message is given again | {subjects.ACK_WAIT_SECONDS:g} s |",
         f"| messages given and not acked | {subjects.MAX_ACK_PENDING} |",
         f"| message ids remembered | {subjects.DUPLICATE_WINDOW_SECONDS:g} s |",

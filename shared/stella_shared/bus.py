@@ -23,9 +23,10 @@ import contextlib
 import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
+import msgspec
 import nats
 import nats.aio.client
 import nats.errors
@@ -49,6 +50,9 @@ _CONSUMER_CHECK_SECONDS = 2.0
 nats.aio.client.DEFAULT_BUFFER_SIZE = 1 << 20
 _CONNECT_SECONDS = 3.0
 _CLOSE_SECONDS = 0.5
+#: A request for messages lives this long on the server; it is what a worker that hangs goes on being given.
+_REQUEST_SECONDS = 5
+_REQUEST_TIMEOUT = "408"
 
 
 class Message:
@@ -98,39 +102,97 @@ class Message:
         await self._answer(b"+WPI")
 
 
-class Work:
-    """A durable consumer's messages.  Made by `Bus.work`."""
+class Lag(NamedTuple):
+    """What a durable has not finished, and what the stream may hold before it refuses or drops (0: no limit)."""
 
-    def __init__(self, bus: Bus, stream: str, config: ConsumerConfig) -> None:
+    bytes: int
+    limit_bytes: int
+
+
+class Work:
+    """A durable consumer's messages, asked for as there is room for them.  Made by `Bus.work`.
+
+    A worker is given what it has asked for and no more.  So one that hangs holds at most `ahead` messages, for one ack
+    wait; what is stored afterwards goes to those who go on asking.
+    """
+
+    def __init__(self, bus: Bus, stream: str, config: ConsumerConfig, ahead: int) -> None:
         self._bus = bus
         self._stream = stream
+        self._durable = str(config.durable_name)
         self._config = config
+        self._ahead = ahead
         self._ready: deque[Message] = deque()
         self._arrived = asyncio.Event()
         self._heard = False
+        self._inbox = bus._nc.new_inbox()
+        #: Requests that the server may still serve, oldest first: name, messages due, and when it forgets them.
+        self._asked: deque[tuple[str, list[int], float]] = deque()
+        self._requests = 0
         self._sub: Any = None
 
     async def _on_message(self, msg: Msg) -> None:
+        if not msg.reply:
+            # What a request ends with: its time is over (408), or there is no consumer (the watcher looks after that).
+            self._asked = deque(entry for entry in self._asked if entry[0] != msg.subject)
+            if (msg.headers or {}).get("Status") == _REQUEST_TIMEOUT:
+                await self._ask()
+            return
+        if self._asked:
+            due = self._asked[0][1]
+            due[0] -= 1
+            if not due[0]:
+                self._asked.popleft()
         self._ready.append(Message(msg))
         self._heard = True
         self._arrived.set()
 
+    async def _ask(self) -> None:
+        """Ask for more once half of what may wait here has been fetched."""
+        now = asyncio.get_running_loop().time()
+        while self._asked and self._asked[0][2] < now:
+            self._asked.popleft()
+        room = self._ahead - len(self._ready) - sum(due[0] for _, due, _ in self._asked)
+        if 2 * room < self._ahead or not self._bus.connected:
+            return
+        self._requests += 1
+        name = f"{self._inbox}.{self._requests}"
+        self._asked.append((name, [room], now + 2 * _REQUEST_SECONDS))
+        request = b'{"batch":%d,"expires":%d}' % (room, _REQUEST_SECONDS * 1_000_000_000)
+        with contextlib.suppress(nats.errors.Error, OSError):
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}"
+            await self._bus._nc.publish(subject, request, reply=name)
+
     async def _start(self) -> None:
         await self._ensure_consumer()
-        # Flow is bounded by max_ack_pending on the server, so the client's own limits only get in the way.
+        # Flow is bounded by what is asked for, so the client's own limits only get in the way.
         self._sub = await self._bus._nc.subscribe(
-            str(self._config.deliver_subject),
-            queue=self._config.deliver_group or "",
-            cb=self._on_message,
-            pending_msgs_limit=0,
-            pending_bytes_limit=0,
+            f"{self._inbox}.*", cb=self._on_message, pending_msgs_limit=0, pending_bytes_limit=0
         )
+        await self._ask()
 
     async def _ensure_consumer(self) -> None:
+        js = self._bus._js
         try:
-            await self._bus._js.add_consumer(self._stream, config=self._config)
+            try:
+                info = await js.add_consumer(self._stream, config=self._config)
+            except nats.js.errors.APIError:
+                info = await js.consumer_info(self._stream, self._durable, timeout=2.0)
+                if not info.config.deliver_subject:
+                    raise
+            # After a power cut the server may know a consumer to be further than its stream is, and gives it nothing
+            # until the stream has come that far again; and an older release had messages pushed. Made anew, it gets
+            # all there is once more, of which what was acked is known to be there.
+            stream = await js.stream_info(self._stream)
+            seen = info.delivered.stream_seq if info.delivered else 0
+            done = info.ack_floor.stream_seq if info.ack_floor else 0
+            queue = stream.config.retention == RetentionPolicy.WORK_QUEUE  # nothing that is done stays in one
+            ahead = seen > stream.state.last_seq or (queue and 0 < stream.state.first_seq <= done)
+            if ahead or info.config.deliver_subject:
+                await js.delete_consumer(self._stream, self._durable)
+                await js.add_consumer(self._stream, config=self._config)
         except nats.js.errors.APIError as e:
-            raise TryAgain(f"consumer {self._config.durable_name} of stream {self._stream}: {e}") from None
+            raise TryAgain(f"consumer {self._durable} of stream {self._stream}: {e}") from None
 
     async def _watch(self) -> None:
         # A consumer that was deleted, or lost with its server's store, is silent: look, and make it again.
@@ -140,23 +202,32 @@ class Work:
             if self._heard:
                 continue
             try:
-                await self._bus._js.consumer_info(self._stream, str(self._config.durable_name), timeout=2.0)
+                await self._bus._js.consumer_info(self._stream, self._durable, timeout=2.0)
             except nats.js.errors.NotFoundError:
                 with contextlib.suppress(TryAgain, nats.errors.Error, TimeoutError):
                     await self._bus.ensure_streams()
                     await self._ensure_consumer()
+                self._asked.clear()
             except (TimeoutError, nats.errors.Error):
                 continue
+            await self._ask()
+
+    async def _again(self) -> None:
+        """Ask anew: the server has forgotten what was asked for with the connection."""
+        self._asked.clear()
+        await self._ask()
 
     async def get(self, max_messages: int, linger_seconds: float) -> list[Message]:
         """Wait for at least one message, then at most `linger_seconds` for more, up to `max_messages`.
 
         Cancelling this loses nothing: what was not returned stays queued.
         """
+        await self._ask()
         while not self._ready:
             self._arrived.clear()
             await self._arrived.wait()
         if linger_seconds > 0 and len(self._ready) < max_messages:
+            await self._ask()
             await asyncio.sleep(linger_seconds)
         return [self._ready.popleft() for _ in range(min(max_messages, len(self._ready)))]
 
@@ -170,7 +241,7 @@ class Work:
 
         Raises `TryAgain` when the bus does not answer.
         """
-        info = await self._bus._info(self._stream, str(self._config.durable_name))
+        info = await self._bus._info(self._stream, self._durable)
         return int(info.num_pending or 0), int(info.num_ack_pending or 0)
 
 
@@ -240,6 +311,10 @@ class Bus:
 
     def __init__(self, nc: _Client) -> None:
         self._nc = nc
+        #: Who must hear of it when the connection is made anew.
+        self._workers: list[Work] = []
+        self._before = nc._reconnected_cb
+        nc._reconnected_cb = self._again
         self._js = nc.jetstream(timeout=5.0)
 
     @classmethod
@@ -319,6 +394,12 @@ class Bus:
                     await asyncio.wait_for(nc.flush(timeout=2), 2.0)
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(nc.close(), 2.0)
+
+    async def _again(self) -> None:
+        if self._before is not None:
+            await self._before()
+        for worker in self._workers:
+            await worker._again()
 
     @property
     def connected(self) -> bool:
@@ -405,19 +486,17 @@ class Bus:
 
     @contextlib.asynccontextmanager
     async def work(
-        self, stream: str, durable: str, *, filter_subject: str, max_ack_pending: int, queue: str = ""
+        self, stream: str, durable: str, *, filter_subject: str, max_ack_pending: int, ahead: int = 64
     ) -> AsyncIterator[Work]:
-        """Consume a durable's messages; with `queue`, share them with every other worker of that name."""
+        """Consume a durable's messages, shared with every other worker of that name; at most `ahead` wait here."""
         config = ConsumerConfig(
             durable_name=durable,
-            deliver_subject=f"stella.deliver.{durable}",
-            deliver_group=queue or None,
             filter_subject=filter_subject,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=subjects.ACK_WAIT_SECONDS,
             max_ack_pending=max_ack_pending,
         )
-        work = Work(self, stream, config)
+        work = Work(self, stream, config, ahead)
         deadline = asyncio.get_running_loop().time() + 15.0
         while True:
             try:
@@ -431,9 +510,11 @@ class Bus:
                     await self.ensure_streams()
                 await asyncio.sleep(0.2)
         watcher = asyncio.create_task(work._watch())
+        self._workers.append(work)
         try:
             yield work
         finally:
+            self._workers.remove(work)
             # The library's own time-outs may swallow a cancellation that meets them: insist.
             with anyio.CancelScope(shield=True):
                 while not watcher.done():
@@ -448,21 +529,42 @@ class Bus:
         except (TimeoutError, nats.errors.Error, OSError) as e:
             raise TryAgain(f"consumer {durable} of {stream}: {str(e) or type(e).__name__}") from None
 
-    async def lag_bytes(self, stream: str, durable: str) -> int:
-        """Return about how many stored bytes `durable` has not seen yet; 0 while it does not exist.
+    async def lag(self, stream: str, durable: str) -> Lag:
+        """Return how much of what is stored `durable` has not finished; nothing while it does not exist.
 
         The server counts messages per consumer, not bytes, so this is their share of the stream's bytes.
         Raises `TryAgain` when the bus does not answer.
         """
         try:
-            state = (await self._js.stream_info(stream)).state
+            found = await self._js.stream_info(stream)
             info = await self._js.consumer_info(stream, durable, timeout=2.0)
         except nats.js.errors.NotFoundError:
-            return 0
+            return Lag(0, 0)
         except (TimeoutError, nats.errors.Error, OSError) as e:
             raise TryAgain(f"stream {stream}: {str(e) or type(e).__name__}") from None
         waiting = int(info.num_pending or 0) + int(info.num_ack_pending or 0)
-        return int(state.bytes * min(1.0, waiting / state.messages)) if state.messages else 0
+        stored = found.state.messages
+        share = min(1.0, waiting / stored) if stored else 0.0
+        return Lag(int(found.state.bytes * share), max(0, int(found.config.max_bytes or 0)))
+
+    async def purge_finished(self, stream: str, durable: str) -> int:
+        """Remove what `durable` has finished from a stream that keeps it; return how many messages that were."""
+        try:
+            info = await self._js.consumer_info(stream, durable, timeout=2.0)
+            before = (await self._js.stream_info(stream)).state.messages
+            floor = info.ack_floor.stream_seq if info.ack_floor else 0
+            await self._js.purge_stream(stream, seq=floor + 1)
+            return max(0, before - (await self._js.stream_info(stream)).state.messages)
+        except (TimeoutError, nats.errors.Error, OSError) as e:
+            raise TryAgain(f"stream {stream}: {str(e) or type(e).__name__}") from None
+
+    async def server(self, what: str) -> dict[str, Any]:
+        """Ask the server about itself (`VARZ`, `HEALTHZ`); it answers its system account alone.  Raises `TryAgain`."""
+        try:
+            answer = await self._nc.request(f"$SYS.REQ.SERVER.PING.{what}", b"{}", timeout=2.0)
+            return dict(msgspec.json.decode(answer.data)["data"])
+        except (nats.errors.Error, OSError, TimeoutError, msgspec.MsgspecError, LookupError, TypeError) as e:
+            raise TryAgain(f"the NATS server does not tell {what}: {str(e) or type(e).__name__}") from None
 
     async def beat(self, beat: Beat) -> None:
         """Send a heartbeat.  Silent when the bus is away: silence is what the gateway reports then."""

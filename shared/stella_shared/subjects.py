@@ -27,8 +27,9 @@ ENRICHED_SUBJECTS: Final = "stella.enriched.>"
 SIGNER_DURABLE: Final = "signer"
 ENRICHED_MAX_BYTES: Final = 2 << 30
 ENRICHED_MAX_AGE_SECONDS: Final = 3600.0
-#: Enrichers stop taking work when the signer is this far behind, long before the limit could drop a message.
-SIGNER_LAG_LIMIT_BYTES: Final = ENRICHED_MAX_BYTES // 2
+#: Enrichers stop taking work when the signer has not finished this share of what the stream may hold, long before
+#: it could drop a message.
+SIGNER_LAG_SHARE: Final = 0.5
 
 #: How long the server waits for an ack before it gives a message to somebody else.
 ACK_WAIT_SECONDS: Final = 10.0

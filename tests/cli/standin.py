@@ -109,8 +109,7 @@ async def _work(bus: Bus, signals: config.Signals, service: str, manners: Path, 
     stream = subjects.RAW_STREAM if enricher else subjects.ENRICHED_STREAM
     durable = subjects.RAW_DURABLE if enricher else subjects.SIGNER_DURABLE
     filter_subject = subjects.RAW_SUBJECTS if enricher else subjects.ENRICHED_SUBJECTS
-    queue = durable if enricher else ""
-    async with bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=64, queue=queue) as work:
+    async with bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=64) as work:
         while not stop.is_set() or await work.pending() != (0, 0):
             messages: list[Message] = []
             with anyio.move_on_after(0.1):

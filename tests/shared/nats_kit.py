@@ -30,6 +30,7 @@ class Server:
         self._config.write_text(
             f'listen: "127.0.0.1:{self.port}"\nmax_payload: 8388608\njetstream {{ store_dir: "{folder / "nats"}" }}\n'
         )
+        self._store = folder / "nats"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -41,6 +42,10 @@ class Server:
         """Its process."""
         assert self._process is not None
         return self._process.pid
+
+    def stored(self, stream: str, below: str) -> list[Path]:
+        """Return the files of a stream in one of its folders."""
+        return [path for path in (self._store / "jetstream/$G/streams" / stream / below).iterdir() if path.is_file()]
 
     def kill(self) -> None:
         """End it at once."""

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import nats
 import pytest
-from nats.js.api import StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, StreamConfig
 
 from stella_collector.spool import Spool
 from stella_shared import subjects
@@ -49,7 +49,7 @@ def pool(bus: Bus, **more: Any) -> Any:
     """Consume as an enricher does."""
     return bus.work(
         subjects.RAW_STREAM, subjects.RAW_DURABLE, filter_subject=subjects.RAW_SUBJECTS,
-        max_ack_pending=more.pop("max_ack_pending", 512), queue=subjects.RAW_DURABLE,
+        max_ack_pending=more.pop("max_ack_pending", 512), **more,
     )  # fmt: skip
 
 
@@ -238,23 +238,93 @@ async def test_flow_is_bounded_by_acks(bus: Bus) -> None:
         assert (6, 4) == await work.pending()
 
 
+async def test_a_worker_that_hangs_holds_what_it_asked_for_and_no_more(bus: Bus) -> None:
+    """Who fetches nothing is sent `ahead` messages; all others go to the worker beside it, none of them later."""
+    async with pool(bus, ahead=4) as hung, pool(bus, ahead=4) as busy:
+        await until(lambda: hung._asked and busy._asked)
+        for i in range(40):
+            await bus.publish(RAW, b"x", msg_id=f"run.{i}")
+        seen = []
+        with anyio.fail_after(5):
+            while len(seen) < 36:
+                for message in await busy.get(4, 0.0):
+                    seen.append(message.msg_id)
+                    await message.ack()
+        assert (4, 0) == (hung.waiting, busy.waiting)
+        assert 36 == len(set(seen))
+        while await busy.pending() != (0, 4):
+            await anyio.sleep(0.02)
+
+
+async def test_a_consumer_of_an_older_release_is_made_anew(bus: Bus) -> None:
+    """A durable whose messages were pushed becomes one that is asked; what it had not acked is there."""
+    config = ConsumerConfig(
+        durable_name=subjects.RAW_DURABLE,
+        deliver_subject="stella.deliver.enrichers",
+        deliver_group=subjects.RAW_DURABLE,
+        filter_subject=subjects.RAW_SUBJECTS,
+        ack_policy=AckPolicy.EXPLICIT,
+    )
+    await bus._js.add_consumer(subjects.RAW_STREAM, config=config)
+    await bus.publish(RAW, b"x", msg_id="run.0")
+    async with pool(bus) as work:
+        with anyio.fail_after(5):
+            (message,) = await work.get(8, 0.0)
+        assert "run.0" == message.msg_id
+
+
+@pytest.mark.parametrize("before", [0, 3, 30])
+async def test_a_consumer_that_is_ahead_of_its_stream_is_made_anew(server: Server, bus: Bus, before: int) -> None:
+    """As a power cut leaves it: the stream lost what the consumer had seen.  All new messages are given out.
+
+    Also those that came before the worker, be they fewer or more than the consumer had seen.
+    """
+    async with pool(bus) as work:
+        for i in range(20):
+            await bus.publish(RAW, b"x", msg_id=f"run.{i}")
+        with anyio.fail_after(10):
+            while await work.pending() != (0, 0):
+                for message in await work.get(64, 0.0) if work.waiting else []:
+                    await message.ack()
+    obs = f"obs/{subjects.RAW_DURABLE}"
+    await until(lambda: any(b"\x14\x14" in p.read_bytes() for p in server.stored(subjects.RAW_STREAM, obs)))
+    server.kill()
+    await until(lambda: not bus.connected)
+    for path in server.stored(subjects.RAW_STREAM, "msgs"):
+        path.unlink()
+    for path in server.stored(subjects.RAW_STREAM, obs):
+        if path.name.startswith("meta."):
+            path.write_bytes(b"")
+    server.start()
+    await until(lambda: bus.connected)
+    for i in range(before):
+        await bus.publish(RAW, b"x", msg_id=f"later.{i}")
+    async with pool(bus) as work:
+        await bus.publish(RAW, b"x", msg_id="last")
+        seen = []
+        with anyio.fail_after(10):
+            while len(seen) < before + 1:
+                seen += [message.msg_id for message in await work.get(64, 0.0)]
+        assert {*(f"later.{i}" for i in range(before)), "last"} == set(seen)
+
+
 async def test_the_lag_is_the_unseen_share_of_the_stream(bus: Bus) -> None:
     """0 without a consumer; then about the bytes it has not acked; 0 when it is through."""
     subject = subjects.enriched("n", "file_open")
-    assert 0 == await bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
+    assert 0 == (await bus.lag(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)).bytes
     for i in range(20):
         await bus.publish(subject, bytes(10_000), msg_id=f"e.{i}")
     async with bus.work(
         subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE, filter_subject=subjects.ENRICHED_SUBJECTS, max_ack_pending=64
     ) as work:
-        assert 200_000 <= await bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE) <= 220_000
+        assert 200_000 <= (await bus.lag(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)).bytes <= 220_000
         for _ in range(2):
             await until(lambda: work.waiting >= 10)
             for message in await work.get(10, 0.0):
                 await message.ack()
             await work.pending()
         with anyio.fail_after(5):
-            while await bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE):
+            while (await bus.lag(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)).bytes:
                 await anyio.sleep(0.05)
 
 

@@ -44,6 +44,8 @@ from stella_shared.wire import HEAD_VERSION, Beat, Histogram, PartHead, RawBatch
 log = logging.getLogger(__name__)
 
 TAKE: Final = 16
+#: Batches that wait here for their turn.  An enricher that hangs holds on to these.
+AHEAD: Final = 2 * TAKE
 #: Batches whose parts are on their way to the bus at the same time.
 PUBLISHING: Final = 16
 LAG_CHECK_SECONDS: Final = 1.0
@@ -247,10 +249,11 @@ class Enricher:
 
     async def _look_at_lag(self) -> None:
         with contextlib.suppress(TryAgain):
-            lag = await self.bus.lag_bytes(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
-            if (lag > subjects.SIGNER_LAG_LIMIT_BYTES) != self.held_back:
+            lag = await self.bus.lag(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE)
+            if (0 < lag.limit_bytes * subjects.SIGNER_LAG_SHARE < lag.bytes) != self.held_back:
                 self.held_back = not self.held_back
-                log.warning("the signer is %d bytes behind: %s", lag, "waiting" if self.held_back else "going on")
+                going = "waiting" if self.held_back else "going on"
+                log.warning("the signer is %d bytes behind: %s", lag.bytes, going)
 
     async def tell_targets(self) -> None:
         """Say which containers the selectors match: at once when that changes, and once a second."""
@@ -415,7 +418,7 @@ async def serve(signals: Signals, instance: str) -> None:
                 subjects.RAW_DURABLE,
                 filter_subject=subjects.RAW_SUBJECTS,
                 max_ack_pending=subjects.MAX_ACK_PENDING,
-                queue=subjects.RAW_DURABLE,
+                ahead=AHEAD,
             )
         )
         frames = stack.enter_context(

@@ -53,10 +53,14 @@ RETRY_SECONDS: Final = 1.0
 #: How long a signer waits for the one before it, which may be stopping, to let go of the chain.
 LOCK_SECONDS: Final = 30.0
 NOTES_SECONDS: Final = 1.0
+#: With nothing on the bus for this long, a batch that is missing does not come any more.
+QUIET_SECONDS: Final = 3.0
 MAX_MESSAGES: Final = 1024
 #: A commit is not put off when this much is in memory.
 COMMIT_BYTES: Final = 16 << 20
 MAX_ACK_PENDING: Final = subjects.MAX_ACK_PENDING * 4
+#: Messages that wait here while a group is committed.
+AHEAD: Final = 256
 #: Batches whose way to a signature is timed; at the usual pace of commits, hours.
 _MAX_UNSIGNED: Final = 1 << 20
 #: How many events stand for a batch where their way to the disk is timed.
@@ -158,6 +162,7 @@ class Signer:
                     subjects.SIGNER_DURABLE,
                     filter_subject=subjects.enriched(self._node, "*"),
                     max_ack_pending=MAX_ACK_PENDING,
+                    ahead=AHEAD,
                 ) as work,
                 self._outbound.working(store),
             ):
