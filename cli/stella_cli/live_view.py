@@ -156,6 +156,8 @@ def _queues(body: Mapping[str, Any]) -> Panel:
         ("ring", Text(f"{bar(used)} {number(used)} %", "red" if (used or 0) > 80 else "")),
         ("ring size", size(queues.get("ringbuf_bytes"))),
         ("collector's spool", size(queues.get("spool_bytes"))),
+        ("raw on the bus", size((queues.get("bus_waiting_bytes") or {}).get("raw"))),
+        ("enriched on the bus", size((queues.get("bus_waiting_bytes") or {}).get("enriched"))),
         ("not on disk yet", f"{number(queues.get('sign_lag_batches'))} batches"),
     ]
     for name, quantiles in latency.items():

@@ -41,6 +41,7 @@ NAMES_MISSING_TOTAL: Final = "stellaops_signals_names_missing_total"
 IMAGES_UNKNOWN: Final = "stellaops_signals_images_unknown"
 RUNTIME_UP: Final = "stellaops_signals_runtime_up"
 REDACTIONS_TOTAL: Final = "stellaops_signals_redactions_total"
+BUS_WAITING_BYTES: Final = "stellaops_signals_bus_waiting_bytes"
 SIGN_LAG_BATCHES: Final = "stellaops_signals_sign_lag_batches"
 SERVICE_UP: Final = "stellaops_signals_service_up"
 PROBE_ATTACHED: Final = "stellaops_signals_probe_attached"
@@ -265,6 +266,14 @@ _METRICS: Final = (
         "batches",
         "Batches on the bus that the signer has not yet made durable.",
         ("signer",),
+    ),
+    Metric(
+        BUS_WAITING_BYTES,
+        "gauge",
+        "bytes",
+        "Stored on the bus and not finished: `raw` by the enrichers, `enriched` by the signer.",
+        ("gateway",),
+        ("stream",),
     ),
     Metric(
         SERVICE_UP,

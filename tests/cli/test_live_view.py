@@ -41,7 +41,13 @@ BODY: dict[str, Any] = {
         "history_events_per_second": [0.0, 10.0, 20.0, 1234.5],
         "history_lost_per_second": [0.0, 3.0],
     },
-    "queues": {"ringbuf_usage_percent": 85.0, "ringbuf_bytes": 262144.0, "spool_bytes": 0.0, "sign_lag_batches": 2.0},
+    "queues": {
+        "ringbuf_usage_percent": 85.0,
+        "ringbuf_bytes": 262144.0,
+        "spool_bytes": 0.0,
+        "bus_waiting_bytes": {"raw": 0.0, "enriched": 4096.0},
+        "sign_lag_batches": 2.0,
+    },
     "latency_ms": {"enrich": {"p50": 1.0, "p99": 5.0}, "durable": {"p50": None, "p99": None}},
     "totals": {
         "lost_by_cause": {"ring_full": 3.0},

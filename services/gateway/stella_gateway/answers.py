@@ -70,6 +70,7 @@ class Queues(msgspec.Struct):
     history_ringbuf_usage_percent: list[float]
     ringbuf_bytes: float | None
     spool_bytes: float | None
+    bus_waiting_bytes: dict[str, float] | None
     sign_lag_batches: float | None
 
 

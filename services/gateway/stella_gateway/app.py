@@ -29,12 +29,13 @@ async def run(signals: Signals, instance: str = "") -> None:
     token = access.read_token(signals.metrics.token_file, address)
     board = Board(node, {"collector": 1, "enricher": signals.enrichers, "signer": 1}, time.monotonic())
     started_at = time.time()
-    make_beat = partial(_beat, instance or node, node, started_at, f"http://{address}:{port}")
+    waiting: dict[str, float] = {}
+    make_beat = partial(_beat, instance or node, node, started_at, f"http://{address}:{port}", waiting)
     with server.listen(address, port) as sock, lifecycle.stop_event() as stop:
         logger.info("listening on http://%s:%s", address, port)
         application = web.make_app(board, token=token, version=VERSION, started_at=started_at)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listener.follow, signals, board, make_beat, stop)
+            tasks.start_soon(listener.follow, signals, board, waiting, make_beat, stop)
             tasks.start_soon(_tick, board)
             await server.serve(application, sock, stop)
             # A last heartbeat may still be on its way.
@@ -51,7 +52,7 @@ async def _tick(board: Board) -> None:
         await anyio.sleep(lifecycle.BEAT_SECONDS)
 
 
-def _beat(instance: str, node: str, started_at: float, url: str) -> Beat:
+def _beat(instance: str, node: str, started_at: float, url: str, waiting: dict[str, float]) -> Beat:
     return Beat(
         service="gateway",
         instance=instance,
@@ -61,5 +62,6 @@ def _beat(instance: str, node: str, started_at: float, url: str) -> Beat:
         at=time.time(),
         started_at=started_at,
         state="ok",
+        metrics=dict(waiting),
         detail={"url": url, "privileges": privileges.left()},
     )

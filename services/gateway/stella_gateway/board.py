@@ -241,6 +241,7 @@ class Board:
                 "history_ringbuf_usage_percent": [round(percent, 1) for percent in self._ring],
                 "ringbuf_bytes": self._sum(metrics.RINGBUF_BYTES, now),
                 "spool_bytes": self._sum(metrics.SPOOL_BYTES, now),
+                "bus_waiting_bytes": self._by(metrics.BUS_WAITING_BYTES, "stream", now),
                 "sign_lag_batches": self._sum(metrics.SIGN_LAG_BATCHES, now),
             },
             "latency_ms": {
