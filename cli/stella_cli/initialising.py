@@ -49,6 +49,8 @@ def write_config(path: Path, output_directory: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(config_text(output_directory))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as e:
         raise NotPermitted(
             f"cannot write {path}: {e.strerror}", hint="choose a place of your own with --config"

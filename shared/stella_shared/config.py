@@ -751,7 +751,7 @@ def _misspelt_variable(name: str) -> str:
 
 
 def _read(path: Path) -> bytes:
-    """Return the file's bytes; refuse what is absent, no regular file, or larger than `FILE_MAX_BYTES`."""
+    """Return the file's bytes; refuse what is absent, empty, no regular file, or larger than `FILE_MAX_BYTES`."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -761,6 +761,12 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"configuration {path}: {e.strerror}", hint="name an existing file with --config") from None
     if len(data) > FILE_MAX_BYTES:
         raise ConfigError(f"configuration {path} is larger than {FILE_MAX_BYTES} bytes")
+    if not data:
+        # Nobody writes such a file: it is what a power cut leaves of one. Its defaults would watch the whole machine.
+        raise ConfigError(
+            f"configuration {path} has no content at all, as after a power cut",
+            hint="put it back, or write `signals:` into it to have every default",
+        )
     return data
 
 

@@ -172,7 +172,12 @@ def test_evidence_and_state_never_lie_in_each_other(tmp_path: Path) -> None:
     assert "lie in each other" in found
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "signals:\n", "signals:\n  filters:\n  probes:\n"])
+def test_a_file_without_a_byte_is_refused(tmp_path: Path) -> None:
+    """A power cut leaves such files, and their defaults would be a node that watches the whole machine."""
+    assert "has no content at all, as after a power cut" in refusal(tmp_path, "")
+
+
+@pytest.mark.parametrize("text", ["# nothing\n", "signals:\n", "signals:\n  filters:\n  probes:\n"])
 def test_sections_left_empty_keep_their_defaults(tmp_path: Path, text: str) -> None:
     """A section with every key commented out means its defaults."""
     assert load(None, {}) == from_text(tmp_path, text)
