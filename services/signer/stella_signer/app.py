@@ -105,6 +105,7 @@ class Signer:
         self._stop_by = float("inf")
         #: The wait for messages; cancelled when it is time to stop.
         self._waiting: anyio.CancelScope | None = None
+        self._quiet_since = float("inf")
         self._opened_at = 0.0
         self._looked_at = 0.0
 
@@ -168,7 +169,7 @@ class Signer:
             ):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch_lag, work)
-                    await self._keep(work, store, intake, stop)
+                    await self._keep(bus, work, store, intake, stop)
                     tasks.cancel_scope.cancel()
                 await self._durable(functools.partial(store.close, "stop"))
             self._log.info("stopped", extra={"chunks_signed": store.chunks_signed})
@@ -213,7 +214,7 @@ class Signer:
 
     # -- the work --------------------------------------------------------------------------------------
 
-    async def _keep(self, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event) -> None:
+    async def _keep(self, bus: Bus, work: Work, store: ChunkStore, intake: Intake[Message], stop: anyio.Event) -> None:
         """Take messages, make them durable, acknowledge them; until stopped and drained, or out of time."""
         # An idle chunk is closed on time, too.
         longest = self._signals.rotation.max_age_hours * 3600 / 2
@@ -233,7 +234,9 @@ class Signer:
             if reason := self._rotation(store):
                 await self._durable(functools.partial(store.close, reason))
                 self._opened_at = anyio.current_time()
-            if stop.is_set() and (anyio.current_time() > self._stop_by or await self._drained(work, store, intake)):
+            if stop.is_set() and (
+                anyio.current_time() > self._stop_by or await self._drained(bus, work, store, intake)
+            ):
                 while last := at_the_end(store.account):
                     await self._commit(store, intake, last)
                 return
@@ -310,14 +313,24 @@ class Signer:
                 return "note"
         return ""
 
-    async def _drained(self, work: Work, store: ChunkStore, intake: Intake[Message]) -> bool:
-        """Return whether every run has ended and nothing is on its way."""
-        if store.account.live() or store.account.early() or intake.incomplete or work.waiting:
+    async def _drained(self, bus: Bus, work: Work, store: ChunkStore, intake: Intake[Message]) -> bool:
+        """Return whether every run has ended and nothing is on its way; or whether what is missing cannot come."""
+        missing = bool(store.account.holes() or intake.incomplete)
+        if work.waiting or (not missing and (store.account.live() or store.account.early())):
+            self._quiet_since = float("inf")
             return False
         try:
-            return await work.pending() == (0, 0)
+            done = await work.pending() == (0, 0)
+            if done and not missing:
+                return True
+            # A raw batch stays on the bus until all its parts are stored, so none is in an enricher's hands either.
+            if not done or (await bus.lag(subjects.RAW_STREAM, subjects.RAW_DURABLE)).bytes:
+                self._quiet_since = float("inf")
+                return False
         except TryAgain:
             return False
+        self._quiet_since = min(self._quiet_since, anyio.current_time())
+        return anyio.current_time() - self._quiet_since >= QUIET_SECONDS
 
     async def _durable(self, work: Callable[[], T]) -> T:
         """Do file work in a thread, one at a time; while the disk refuses, say so and try again.
