@@ -12,10 +12,11 @@ from stella_shared.errors import NotPermitted, UsageError
 _PORT_MAX = 65535
 
 
-def write(directory: str, store: str, *, replace: bool, **given: str) -> None:
-    """Write the files, and say which goes where.  `given`: the fields of `External` but the store."""
+def write(directory: str, store: str, *, replace: bool, sync_seconds: int, **given: str) -> None:
+    """Write the files, and say which goes where.  `given`: the text fields of `External` but the store."""
     folder = Path(directory).absolute()
-    server = nats_server.External(store=Path(store).absolute() if store else folder / "jetstream", **given)
+    place = Path(store).absolute() if store else folder / "jetstream"
+    server = nats_server.External(store=place, sync_seconds=sync_seconds, **given)
     for option, value in (("--listen", server.listen), ("--monitor", server.monitor)):
         if value and not _is_address(value):
             raise UsageError(f"{option} {value} is not ADDRESS:PORT", hint=f"for instance {option} 127.0.0.1:4222")

@@ -17,7 +17,9 @@ no user but the enricher's and the operator's can read them.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import socket
 import sys
@@ -28,10 +30,11 @@ from stella_cli import bus_accounts
 from stella_cli.bus_accounts import USERS
 from stella_cli.node_file import write_private
 from stella_shared import subjects
-from stella_shared.config import BusUser
+from stella_shared.config import BusSection, BusUser
 from stella_shared.errors import NotFound, UsageError
 
 LOOPBACK: Final = "127.0.0.1"
+SYSTEM: Final = "SYS"
 #: Both streams at their limits, and as much again for what the server keeps beside them.
 _STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
 
@@ -112,8 +115,8 @@ def choose_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def configuration(listen: str, store: Path, accounts: dict[str, BusUser]) -> dict[str, Any]:
-    """Return the content of nats.conf: where it listens, its store, and what each of the users may do."""
+def configuration(listen: str, store: Path, accounts: dict[str, BusUser], sync_seconds: int) -> dict[str, Any]:
+    """Return the content of nats.conf: where it listens, its store and its syncs, and what each of the users may do."""
     return {
         "listen": listen,
         "server_name": "stella",
@@ -123,7 +126,7 @@ def configuration(listen: str, store: Path, accounts: dict[str, BusUser]) -> dic
             "store_dir": str(store),
             "max_memory_store": 64 << 20,
             "max_file_store": _STORE_BYTES,
-            "sync_interval": "2m",
+            "sync_interval": f"{sync_seconds}s" if sync_seconds else "always",
         },
         "authorization": {
             "users": [
@@ -139,20 +142,64 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_private(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def prepare(state: Path, port: int) -> tuple[str, list[str]]:
-    """Write accounts and nats.conf for an embedded server; return its URL and its command line."""
+class Embedded(NamedTuple):
+    """The server of a node: where it answers, its command line, where it stores, and who may ask it about itself."""
+
+    url: str
+    command: list[str]
+    store: Path
+    system: BusUser
+    sync_seconds: int
+
+
+def prepare(state: Path, bus: BusSection) -> Embedded:
+    """Write accounts and nats.conf for an embedded server."""
     binary = find_binary()
-    port = choose_port(port)
+    port = choose_port(bus.port)
     path = state / "nats" / "nats.conf"
     # The reader has a key that nobody keeps: it is reached by giving no name at all.
     reader = bus_accounts.new()
-    content = configuration(f"{LOOPBACK}:{port}", state / "nats", {**bus_accounts.of_node(state), "reader": reader})
-    _write(path, {**content, "no_auth_user": bus_accounts.as_server_knows(reader)["nkey"]})
-    return f"nats://{LOOPBACK}:{port}", [binary, "--config", str(path)]
+    accounts = {**bus_accounts.of_node(state), "reader": reader}
+    content = configuration(f"{LOOPBACK}:{port}", state / "nats", accounts, bus.sync_seconds)
+    # An account of its own, which sees no message of a stream; its key is in the supervisor's memory alone.
+    system = bus_accounts.new()
+    _write(
+        path,
+        {
+            **content,
+            "no_auth_user": bus_accounts.as_server_knows(reader)["nkey"],
+            "accounts": {SYSTEM: {"users": [bus_accounts.as_server_knows(system)]}},
+            "system_account": SYSTEM,
+        },
+    )
+    command = [binary, "--config", str(path)]
+    return Embedded(f"nats://{LOOPBACK}:{port}", command, state / "nats", system, bus.sync_seconds)
+
+
+def sync_descriptions(store: Path, synced: dict[Path, int]) -> None:
+    """Sync what the server writes of its streams and consumers and never syncs; without it their messages are lost.
+
+    `synced` remembers, from call to call, what has not changed since.
+    """
+    for path in store.glob("jetstream/**/meta.*"):
+        with contextlib.suppress(OSError):  # a consumer may be removed at this moment
+            written_ns = path.stat().st_mtime_ns
+            if synced.get(path) != written_ns:
+                for one in (path, path.parent, path.parent.parent):
+                    _sync(one)
+                synced[path] = written_ns
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class External(NamedTuple):
-    """A nats-server of the user's own: where it listens, keeps its streams, is asked for its health, and its TLS."""
+    """A nats-server of the user's own: where it listens, keeps its streams and is asked for its health; TLS; syncs."""
 
     listen: str
     store: Path
@@ -161,6 +208,7 @@ class External(NamedTuple):
     key: str = ""
     #: Who vouches for clients, each of which must then show a certificate.
     authority: str = ""
+    sync_seconds: int = BusSection().sync_seconds
 
 
 def write_external(folder: Path, server: External, *, replace: bool = False) -> dict[str, BusUser]:
@@ -179,7 +227,7 @@ def write_external(folder: Path, server: External, *, replace: bool = False) -> 
         there = {} if replace else bus_accounts.kept(path)
         accounts[user] = there.get(user) or bus_accounts.new()
         bus_accounts.write(path, {user: accounts[user]})
-    content = configuration(server.listen, server.store, accounts)
+    content = configuration(server.listen, server.store, accounts, server.sync_seconds)
     if server.monitor:
         content["http"] = server.monitor
     if server.certificate:

@@ -27,7 +27,7 @@ import anyio
 import anyio.abc
 import msgspec
 
-from stella_cli import nats_server, node_file, process, reloading
+from stella_cli import bus_watch, nats_server, node_file, process, reloading
 from stella_cli.node_file import ChildEntry, NodeFile
 from stella_cli.process import Child, Identity
 from stella_cli.service_log import Line, ServiceLog
@@ -126,7 +126,7 @@ class Supervisor:
         self.parts: list[Part] = []
         self.killed: list[str] = []
         self.bus: Bus | None = None
-        self._say = say
+        self.say = say
         self._show_log = show_log
         self._stopping = anyio.Event()
         self._hurry = anyio.Event()
@@ -179,15 +179,19 @@ class Supervisor:
 
     async def _bring_up(self, tasks: anyio.abc.TaskGroup, stack: contextlib.AsyncExitStack) -> None:
         signals = self.plan.signals
+        embedded = None
         if not signals.bus.url:
-            self._bus_url, command = nats_server.prepare(self.plan.state, signals.bus.port)
-            await self._start(tasks, [self._make("nats", "nats", command)])
+            embedded = nats_server.prepare(self.plan.state, signals.bus)
+            self._bus_url = embedded.url
+            await self._start(tasks, [self._make("nats", "nats", embedded.command)])
             await self._bus_answers()
         account = bus_user(signals, "operator")
         self.bus = await connected(
             stack, self._bus_url, name="supervisor", account=account, tls=signals.bus.tls, seconds=BUS_SECONDS
         )
         await self._make_streams()
+        if embedded is not None:
+            tasks.start_soon(bus_watch.watch, self, self.bus, embedded)
         tasks.start_soon(self._listen, self.bus)
         enrichers = [self._make_service("enricher", n) for n in range(1, signals.enrichers + 1)]
         await self._start(tasks, [self._make_service("signer")])
@@ -266,7 +270,7 @@ class Supervisor:
             if time.monotonic() > deadline:
                 for part in waiting:
                     reason = (part.beat.reason if part.beat else "") or part.error or "no heartbeat yet"
-                    self._say("warning", f"{part.name} is not ready: {reason}")
+                    self.say("warning", f"{part.name} is not ready: {reason}")
                 return
             await anyio.sleep(0.02)
 
@@ -278,7 +282,7 @@ class Supervisor:
         try:
             while not part.stop.is_set():
                 part.log.bound()
-                began = time.monotonic()
+                began, former = time.monotonic(), part.child
                 part.beat = None
                 try:
                     part.child = Child(part.command, log=part.log.path, env=self.plan.env, keep=_KEEP.get(part.service))
@@ -290,7 +294,7 @@ class Supervisor:
                 if part.state != "restarting":
                     part.state = "starting"
                 self._write_node_file()
-                if part.service == "nats" and part.restarts:
+                if part.service == "nats" and former is not None:
                     part.state = "ready"
                 part.exit_code = await part.child.wait()
                 part.error, part.hint = part.log.last_words()
@@ -308,7 +312,7 @@ class Supervisor:
                     backoff = BACKOFF_FIRST_SECONDS
                 part.restarts += 1
                 part.state = "restarting"
-                self._say(
+                self.say(
                     "warning",
                     f"{part.name} {how_it_ended(part.exit_code)}; starting it again in {backoff:.1f} s"
                     + (f" (it said: {part.error})" if part.exit_code > 0 else ""),
@@ -323,7 +327,7 @@ class Supervisor:
 
     def _give_up(self, part: Part) -> None:
         part.state = "failed"
-        self._say("error", f"{part.name} cannot run: {part.error}")
+        self.say("error", f"{part.name} cannot run: {part.error}")
         if part.service == "collector" and part.exit_code == NotPermitted.exit_code:
             self._failure = self._failure or _failure_of(part)
             self._stopping.set()
@@ -338,7 +342,7 @@ class Supervisor:
                 part.heard = time.monotonic()
                 if beat.state in ("ok", "degraded") and part.state in ("starting", "restarting"):
                     if part.state == "restarting":
-                        self._say("info", f"{part.name} is back (pid {beat.pid})")
+                        self.say("info", f"{part.name} is back (pid {beat.pid})")
                     part.state = "ready"
                     part.ready_since = part.heard
 
@@ -360,9 +364,9 @@ class Supervisor:
             self._reload = anyio.Event()
             outcome = await reloading.apply(self)
             if outcome.ok:
-                self._say("info", f"configuration taken up: {', '.join(outcome.changed) or 'nothing has changed'}")
+                self.say("info", f"configuration taken up: {', '.join(outcome.changed) or 'nothing has changed'}")
             else:
-                self._say("error", f"the changed configuration is refused: {outcome.error}")
+                self.say("error", f"the changed configuration is refused: {outcome.error}")
             data = msgspec.json.format(msgspec.json.encode(outcome)) + b"\n"
             node_file.write_private(reloading.outcome_path(self.plan.state), data)
 
@@ -398,9 +402,9 @@ class Supervisor:
                     self._reload.set()
                     continue
                 if self._stopping.is_set():
-                    self._say("warning", "ending at once; the next start recovers what is on disk")
+                    self.say("warning", "ending at once; the next start recovers what is on disk")
                 else:
-                    self._say("info", "stopping: intake first, then what is in flight, then the last chunk")
+                    self.say("info", "stopping: intake first, then what is in flight, then the last chunk")
                 self.stop()
 
     def _write_node_file(self) -> None:
@@ -443,7 +447,7 @@ class Supervisor:
                 child.send(signal.SIGKILL)
                 self.killed.append(part.name)
                 if not self._hurry.is_set():
-                    self._say("warning", f"{part.name} did not end in {STOP_SECONDS:.0f} s and was killed")
+                    self.say("warning", f"{part.name} did not end in {STOP_SECONDS:.0f} s and was killed")
                 await part.gone.wait()
 
 

@@ -427,6 +427,15 @@ class BusSection(_Section, frozen=True):
         ),
     ] = ""
     tls: Annotated[BusTls, _key("TLS towards the server of bus.url.")] = BusTls()
+    sync_seconds: Annotated[
+        int,
+        _number(
+            "How often the node's own NATS server syncs what it stores to the disk; 0: each message, before it is "
+            "acknowledged. A power cut takes what is younger and not in the evidence yet.",
+            ge=0,
+            le=3600,
+        ),
+    ] = 10
 
 
 class Redaction(_Section, frozen=True):

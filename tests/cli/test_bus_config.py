@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_each_service_is_given_its_own_key_and_no_other(tmp_path: Path) -> None:
     assert not [seed for seed in found.values() if seed in said]
     assert {"nkey", "permissions"} == {key for user in server["authorization"]["users"] for key in user}
     assert "no_auth_user" not in server
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [([], "10s"), (["--sync-seconds", "3"], "3s"), (["--sync-seconds", "0"], "")]
+)
+def test_the_server_syncs_as_it_is_asked_to(tmp_path: Path, words: list[str], told: str) -> None:
+    """Each ten seconds, or as `--sync-seconds` says, 0 being each message; the server itself says so."""
+    port, monitor = free_port(), free_port()
+    command = ["signals", "bus-config", "--directory", str(tmp_path), "--listen", f"127.0.0.1:{port}"]
+    assert 0 == commands.run([*command, "--monitor", f"127.0.0.1:{monitor}", *words])
+    with serving(tmp_path, port), urllib.request.urlopen(f"http://127.0.0.1:{monitor}/varz", timeout=5) as answer:
+        settings = json.load(answer)["jetstream"]["config"]
+    assert (not told) == settings.get("sync_always", False)
+    assert not told or told == f"{settings['sync_interval'] // 1_000_000_000}s"
 
 
 def test_accounts_stay_when_it_is_run_again(tmp_path: Path) -> None:
@@ -158,7 +173,7 @@ async def test_a_worker_that_runs_apart_makes_the_streams_itself(
             Bus.connect(f"nats://127.0.0.1:{port}", name="test", account=account(tmp_path, "operator")) as operator,
         ):
             for name in (subjects.RAW_STREAM, subjects.ENRICHED_STREAM):
-                assert 0 == await operator.lag_bytes(name, "nobody")
+                assert 0 == (await operator.lag(name, "nobody")).bytes
 
 
 @pytest.mark.anyio

@@ -18,7 +18,7 @@ from stella_cli import bus_accounts, nats_server, node_file
 from stella_collector.selected import Selected
 from stella_shared import selectors, subjects
 from stella_shared.bus import Bus
-from stella_shared.config import BusUser, Filters, Signals
+from stella_shared.config import BusSection, BusUser, Filters, Signals
 from stella_shared.errors import NotFound, NotPermitted, TryAgain, UsageError
 from stella_shared.wire import Beat
 
@@ -30,7 +30,8 @@ class Server:
 
     def __init__(self, state: Path) -> None:
         node_file.make_state_directory(state)
-        self.url, command = nats_server.prepare(state, free_port())
+        embedded = nats_server.prepare(state, BusSection(port=free_port()))
+        self.url, command, self.system = embedded.url, embedded.command, embedded.system
         self.accounts = bus_accounts.of_node(state)
         self.log = (state / "logs" / "nats.log").open("wb+")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
@@ -83,6 +84,26 @@ async def test_only_the_collector_writes_raw_and_only_the_enricher_enriched(
             assert stored == (subject in may), subject
 
 
+async def test_the_server_tells_of_itself_to_the_supervisor_alone(server: Server) -> None:
+    """How it syncs and how it is, by a key that no file holds; and that key sees no stream and no message."""
+    async with Bus.connect(server.url, name="test", account=server.system) as system:
+        assert 10_000_000_000 == (await system.server("VARZ"))["jetstream"]["config"]["sync_interval"]
+        assert "ok" == (await system.server("HEALTHZ"))["status"]
+        with pytest.raises(TryAgain):
+            await system.ensure_streams()
+        with pytest.raises(TryAgain):
+            await system.publish("stella.enriched.n.file_open", b"{}\n", msg_id="1", timeout_seconds=0.5)
+    for user in ("", *server.accounts):
+        async with server.bus(user) as bus:  # type: ignore[attr-defined]
+            with pytest.raises(TryAgain):
+                await bus.server("VARZ")
+    assert server.system.seed
+    state = Path(server.log.name).parents[1]
+    assert not [
+        path for path in state.rglob("*") if path.is_file() and server.system.seed.encode() in path.read_bytes()
+    ]
+
+
 async def test_a_reader_without_a_name_sees_evidence_and_heartbeats_and_nothing_else(server: Server) -> None:
     """Any NATS subscriber on this machine sees the lines, never the raw batches or others' answers."""
     seen: list[str] = []
@@ -98,7 +119,7 @@ async def test_a_reader_without_a_name_sees_evidence_and_heartbeats_and_nothing_
         server.bus("collector") as collector,  # type: ignore[attr-defined]
         anyio.create_task_group() as tasks,
     ):
-        for subject in ("stella.enriched.>", "stella.beat.>", "stella.raw.>", "stella.deliver.>", "_INBOX.>"):
+        for subject in ("stella.enriched.>", "stella.beat.>", "stella.raw.>", "_INBOX.>"):
             tasks.start_soon(read, reader, subject)
         await anyio.sleep(0.2)
         await enricher.publish("stella.enriched.n.file_open", b"{}\n", msg_id="1")
@@ -134,7 +155,7 @@ async def test_raw_batches_are_read_by_enrichers_alone(server: Server, user: str
         async def take(message: object) -> None:
             got.append(message.data)  # type: ignore[attr-defined]
 
-        for subject in ("_INBOX.mine", "stella.raw.>", f"stella.deliver.{subjects.RAW_DURABLE}"):
+        for subject in ("_INBOX.mine", "stella.raw.>"):
             await bus._nc.subscribe(subject, cb=take)
         for subject, body in ways.items():
             await bus._nc.publish(subject, body, reply="_INBOX.mine")
@@ -164,20 +185,19 @@ async def test_a_worker_gets_acks_and_measures_its_work_without_a_violation(  # 
     server: Server, user: str, stream: str, durable: str, filter_subject: str, writer: str, subject: str
 ) -> None:
     """The permissions are wide enough for all a worker does, a deleted consumer included."""
-    queue = durable if user == "enricher" else ""
     async with (
         server.bus(user) as bus,  # type: ignore[attr-defined]
         server.bus(writer) as source,  # type: ignore[attr-defined]
         server.bus("operator") as operator,  # type: ignore[attr-defined]
-        bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=8, queue=queue) as work,
+        bus.work(stream, durable, filter_subject=filter_subject, max_ack_pending=8) as work,
     ):
         await source.publish(subject, b"one", msg_id="1")
         (message,) = await work.get(8, 0.0)
         assert (0, 1) == await work.pending()
-        assert await bus.lag_bytes(stream, durable) > 0
+        assert (await bus.lag(stream, durable)).bytes > 0
         await message.ack()
         await anyio.sleep(0.3)
-        assert 0 == await bus.lag_bytes(stream, durable)
+        assert 0 == (await bus.lag(stream, durable)).bytes
         assert (0, 0) == await work.pending()
         await operator._js.delete_consumer(stream, durable)
         await source.publish(subject, b"two", msg_id="2")

@@ -44,6 +44,13 @@ def init(output_directory: str | None) -> None:
     help="Where the server keeps its streams. Otherwise `jetstream` in --directory.",
 )
 @click.option("--monitor", default="", metavar="ADDRESS:PORT", help="Where it answers /healthz. Otherwise nowhere.")
+@click.option(
+    "--sync-seconds",
+    type=click.IntRange(0, 3600),
+    default=10,
+    show_default=True,
+    help="How often it syncs what it stores to the disk; 0: each message, before it is acknowledged.",
+)
 @click.option("--tls-certificate", "certificate", default="", type=_FILE, help="PEM file; needs --tls-key.")
 @click.option("--tls-key", "key", default="", type=_FILE, help="PEM file; needs --tls-certificate.")
 @click.option(
@@ -54,7 +61,9 @@ def init(output_directory: str | None) -> None:
     help="PEM file: clients must show a certificate that one of these authorities has signed.",
 )
 @click.option("--replace-keys", is_flag=True, help="Make new keys for all accounts; the old ones cease to be valid.")
-def bus_config(directory: str, store_directory: str | None, *, replace_keys: bool, **server: str) -> None:
+def bus_config(
+    directory: str, store_directory: str | None, *, replace_keys: bool, sync_seconds: int, **server: str
+) -> None:
     """Write the configuration of a NATS server of your own, for services that run apart.
 
     Beside nats.conf there is one account file for each service and for `operator` and `reader`: give each
@@ -70,7 +79,7 @@ def bus_config(directory: str, store_directory: str | None, *, replace_keys: boo
     """
     from stella_cli import bus_files
 
-    bus_files.write(directory, store_directory or "", replace=replace_keys, **server)
+    bus_files.write(directory, store_directory or "", replace=replace_keys, sync_seconds=sync_seconds, **server)
 
 
 @signals.command(short_help="Run a node until it is stopped.")
