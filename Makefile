@@ -19,8 +19,8 @@ TEST_PACKAGES += $(if $(and $(shell command -v node),$(shell command -v npm)),,n
 # The independent Sigstore implementations of the tests.
 NODE_MODULES := tests/sigstore/node_modules/installed
 
-.PHONY: up demo install ready engine test crash-matrix fuzz lint check bench bench-docs bench-needs soak bench-signing bench-verify \
-	bench-redaction bench-symbols bench-containers bench-functions reference sbom audit lock clean system-build system-test
+.PHONY: up demo install ready engine test crash-matrix faults fuzz lint check bench bench-docs bench-needs soak bench-signing bench-verify \
+	bench-redaction bench-symbols bench-containers bench-functions bench-bus-sync reference sbom audit lock clean system-build system-test
 
 up: install
 	@if [ "$$(id -u)" != 0 ]; then \
@@ -87,6 +87,10 @@ test:
 crash-matrix: install system-test
 	$(BIN)/python -m tests.signer.crash_matrix
 
+# A bus that stalls, dies, fills its disk or loses power, parts that hang, rates beyond the machine: the long forms.
+faults: install system-test
+	STELLA_FAULTS=long $(BIN)/python -m pytest tests/faults
+
 # What reads strangers' documents, fuzzed for this long each; what is found stays in fuzz-findings/.
 FUZZ_SECONDS ?= 60
 fuzz: install
@@ -116,6 +120,10 @@ bench-signing: install
 SOAK_MINUTES ?= 20
 soak: install
 	$(BIN)/python -m tests.bench.soak --minutes $(SOAK_MINUTES)
+
+# What it costs that the bus syncs what it stores.
+bench-bus-sync: install
+	$(BIN)/python -m tests.bench.bus_sync
 
 bench-symbols: install
 	$(BIN)/python -m tests.bench.symbols
