@@ -35,6 +35,8 @@ from stella_shared.errors import NotFound, UsageError
 
 LOOPBACK: Final = "127.0.0.1"
 SYSTEM: Final = "SYS"
+#: The first byte of a consumer's state.
+_STATE_MAGIC: Final = b"\x16"
 #: Both streams at their limits, and as much again for what the server keeps beside them.
 _STORE_BYTES: Final = 2 * (subjects.RAW_MAX_BYTES + subjects.ENRICHED_MAX_BYTES)
 
@@ -174,6 +176,21 @@ def prepare(state: Path, bus: BusSection) -> Embedded:
     )
     command = [binary, "--config", str(path)]
     return Embedded(f"nats://{LOOPBACK}:{port}", command, state / "nats", system, bus.sync_seconds)
+
+
+def mend(store: Path) -> list[str]:
+    """Remove what a power cut left of consumers' states, which no server would start with; return whose they were.
+
+    Such a file has its length and none of its bytes.  The consumer begins anew, and is given again what is stored.
+    """
+    damaged = []
+    for path in sorted(store.glob("jetstream/*/streams/*/obs/*/o.dat")):
+        with path.open("rb") as file:
+            first = file.read(1)
+        if first and first != _STATE_MAGIC:
+            path.unlink()
+            damaged.append(path.parent.name)
+    return damaged
 
 
 def sync_descriptions(store: Path, synced: dict[Path, int]) -> None:

@@ -183,6 +183,8 @@ class Supervisor:
         if not signals.bus.url:
             embedded = nats_server.prepare(self.plan.state, signals.bus)
             self._bus_url = embedded.url
+            for durable in nats_server.mend(embedded.store):
+                self.say("warning", f"the bus has lost what {durable} had finished, as after a power cut: once more")
             await self._start(tasks, [self._make("nats", "nats", embedded.command)])
             await self._bus_answers()
         account = bus_user(signals, "operator")

@@ -10,7 +10,7 @@ import anyio
 import pytest
 from tests.shared.nats_kit import Server, serving
 
-from stella_cli import bus_watch
+from stella_cli import bus_watch, nats_server
 from stella_cli.nats_server import Embedded
 from stella_shared import subjects
 from stella_shared.bus import Bus
@@ -62,6 +62,42 @@ async def test_a_server_that_syncs_otherwise_is_told_of(tmp_path: Path, does: st
     finally:
         server.kill()
     assert said == heard
+
+
+async def test_a_consumers_state_of_zeros_is_removed(tmp_path: Path) -> None:
+    """A power cut leaves it so, and no server would make the consumer again; whole and empty ones stay."""
+    with serving(tmp_path) as server:
+        async with Bus.connect(server.url, name="test") as bus:
+            await bus.ensure_streams()
+            for subject, stream, durable in (
+                ("stella.raw.n", subjects.RAW_STREAM, subjects.RAW_DURABLE),
+                ("stella.enriched.n.x", subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE),
+            ):
+                async with bus.work(stream, durable, filter_subject=subject, max_ack_pending=64) as work:
+                    await bus.publish(subject, b"x", msg_id=stream)
+                    for message in await work.get(1, 0.0):
+                        await message.ack()
+            state = (
+                tmp_path / "nats/jetstream/$G/streams" / subjects.RAW_STREAM / "obs" / subjects.RAW_DURABLE / "o.dat"
+            )
+            with anyio.fail_after(10):
+                while not state.exists() or not state.stat().st_size:
+                    await anyio.sleep(0.05)
+            server.kill()
+            state.write_bytes(bytes(state.stat().st_size))
+            assert [subjects.RAW_DURABLE] == nats_server.mend(tmp_path / "nats")
+            assert [] == nats_server.mend(tmp_path / "nats")
+            server.start()
+            with anyio.fail_after(10):
+                while not bus.connected:
+                    await anyio.sleep(0.05)
+            async with bus.work(
+                subjects.RAW_STREAM, subjects.RAW_DURABLE, filter_subject="stella.raw.n", max_ack_pending=64
+            ) as work:
+                await bus.publish("stella.raw.n", b"later", msg_id="later")
+                with anyio.fail_after(10):
+                    while b"later" not in [message.data for message in await work.get(8, 0.0)]:
+                        continue
 
 
 async def test_what_is_in_the_evidence_gives_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
