@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CHECK_SECONDS: Final = 2.0
 #: Room is short below this, or below a tenth of a smaller disk.
 SHORT_BYTES: Final = 1 << 30
+#: A purge writes, too: on a disk without room the server has been seen to hang in one for good.
+PURGE_NEEDS_BYTES: Final = 16 << 20
 RENEW_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = (4.0, 60.0)
 _RUNBOOK: Final = "docs/runbook.md#issue-bus-does-not-take-messages"
@@ -99,6 +101,8 @@ class Watcher:
             await self._make_room(free)
 
     async def _make_room(self, free: int) -> None:
+        if free < PURGE_NEEDS_BYTES:
+            return
         with contextlib.suppress(TryAgain):
             if gone := await self._operator.purge_finished(subjects.ENRICHED_STREAM, subjects.SIGNER_DURABLE):
                 self._say(
