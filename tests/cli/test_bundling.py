@@ -26,7 +26,7 @@ def site(tmp_path: Path) -> Site:
     accounts = bus_accounts.of_node(made.state)
     accounts["reader"] = BusUser("reader", "an-older-password")
     (made.state / "nats").mkdir()
-    conf = nats_server.configuration("127.0.0.1:4222", made.state / "nats", accounts)
+    conf = nats_server.configuration("127.0.0.1:4222", made.state / "nats", accounts, 10)
     (made.state / "nats" / "nats.conf").write_text(json.dumps(conf))
     logs = made.state / "logs"
     logs.mkdir()

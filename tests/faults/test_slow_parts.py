@@ -64,8 +64,8 @@ def test_the_signer_hangs_and_a_subscriber_never_reads(run: Run) -> None:
     node = run.node
     with socket.create_connection(("127.0.0.1", node.bus)) as deaf:
         deaf.sendall(b'CONNECT {"verbose":false}\r\nSUB stella.enriched.> 1\r\n')
-        anyio.run(_shrink, node, 2_000_000)
-        load = run.load(8 * RATE * SECONDS, 8 * RATE)
+        anyio.run(_shrink, node, 6_000_000)
+        load = run.load(16 * RATE * SECONDS, 16 * RATE)
         time.sleep(0.5)
         with stopped(node.pids()["signer"]):
             until(

@@ -161,7 +161,7 @@ def test_all_ends_the_nodes_that_it_sees_and_names_what_others_hold(tmp_path: Pa
         seen = [p for p in programs if p["holders"]]
         assert {collector} == {pid for p in seen for pid in p["holders"]}
         assert {f"gone: its node was ended (pid {collector})"} == {p["done"] for p in seen}
-        assert {"stella_exec", "stella_opena_en", "stella_sr_ue"} <= {p["name"] for p in seen}
+        assert {"stella_exec", "stella_opena_ex", "stella_sr_ue"} <= {p["name"] for p in seen}
         theirs = {p["id"]: bool(p["links"]) for p in loaded(outside)[outside.pids()["collector"]]}
         told = {p["id"]: p["done"] for p in programs if p["id"] in theirs}
         assert set(theirs) == set(told)
