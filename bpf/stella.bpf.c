@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
  * The probes. Each does the same five things, in this order:
- *   remember (entry side: pointers and numbers, in task storage) → filter early → take a number → fill → submit.
+ *   remember (what an entry has and the exit has not) → filter early → take a number → fill → submit.
  *
  * A number is taken from the lane of this CPU and program kind before there is room for the record, so a
  * record that finds no room leaves a hole that user space cannot overlook. What the filters drop takes no

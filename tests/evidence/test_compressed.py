@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stella_shared.evidence import compressed
 from stella_shared.evidence.chunk_reader import ChunkReader
-from stella_shared.evidence.compressed import MAX_FRAME_BYTES, FrameReader, LineStream, pack, unpack
+from stella_shared.evidence.compressed import MAX_FRAME_BYTES, FrameReader, LineStream, Packed, pack, unpack
 
 LINES = b"".join(b'{"lane":0,"seq":%d}\n' % n for n in range(2000))
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
@@ -98,6 +98,24 @@ def test_every_changed_byte_is_refused_or_gives_other_lines() -> None:
                 assert len(reads(bytes(changed))) <= MAX_FRAME_BYTES
             except ValueError:
                 continue
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 4096])
+def test_a_read_may_end_anywhere(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Within a frame's first bytes, its header, its blocks: the lines are the same, and half a frame is damage."""
+    monkeypatch.setattr(compressed, "_READ_BYTES", size)
+    file = pack(b"a line\n") * 30 + pack(LINES)
+    assert b"a line\n" * 30 + LINES == read(file)
+    for cut in (1, 2, 3, len(pack(LINES)) - 2):
+        with pytest.raises(ValueError, match=r"no zstd frame|part of one"):
+            read(file[: 30 * len(pack(b"a line\n"))] + pack(LINES)[:cut])
+
+
+def test_a_message_of_more_lines_than_a_batch_can_have_is_refused() -> None:
+    """Some hundred bytes would else become 256 MiB of leaf hashes."""
+    assert compressed.MAX_LINES == Packed.of(pack(b"\n" * compressed.MAX_LINES)).lines
+    with pytest.raises(ValueError, match="a frame of 8388608 lines"):
+        Packed.of(pack(b"\n" * MAX_FRAME_BYTES))
 
 
 def test_small_frames_are_read_as_fast_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import fcntl
 import os
 import platform
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_long, c_size_t, c_uint32, c_uint64, c_ulong, c_void_p
 from pathlib import Path
@@ -261,24 +262,24 @@ class Program:
         return info.raw
 
 
-class Maps:
+class Maps(ABC):
     """Maps and programs in the kernel."""
 
     def __init__(self, lib: Libbpf) -> None:
         self._lib = lib
         self.programs: dict[str, Program] = {}
 
+    @abstractmethod
     def map_names(self) -> list[str]:
         """Return the names of all maps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def map_fd(self, name: str) -> int:
         """Return the descriptor of a map, which stays ours.  A name with a dot is the end of one: `.bss`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of programs and maps.  Idempotent."""
-        raise NotImplementedError
 
     def pin(self, folder: Path) -> None:
         """Pin every map and every loaded program in a folder of a bpf file system."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
@@ -22,7 +23,7 @@ WALK_MAX, WALK_ROOM = 512, 768
 _FLUSH: Final = "stella_fn_flush"
 
 
-class Reading:
+class Reading(ABC):
     """The reading side of a loaded object."""
 
     def __init__(self, lib: Libbpf, obj: Maps, lanes: int, ring_bytes: int) -> None:
@@ -33,9 +34,9 @@ class Reading:
         self._lanes_map = mmap.mmap(obj.map_fd("stella_lanes"), span, mmap.MAP_SHARED, mmap.PROT_READ)
 
     @property
+    @abstractmethod
     def libraries(self) -> list[str]:
         """Names of files that records refer to by index."""
-        raise NotImplementedError
 
     def counters(self) -> bytes:
         """Return the lanes' counters as they stand, one row of 128 bytes a lane."""
@@ -45,17 +46,17 @@ class Reading:
         """Return how many program runs the kernel skipped because the program was already running there."""
         return sum(self._object.programs[name].recursion_misses() for name in self.counted())
 
+    @abstractmethod
     def counted(self) -> Iterable[str]:
         """Return the programs whose skipped runs count."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flush(self) -> int:
         """Turn counters of watched functions into records; return how many found no room in the ring and wait."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detach(self) -> None:
         """Detach everything; what was recorded stays in the ring."""
-        raise NotImplementedError
 
     def close_reading(self) -> None:
         """Let go of the ring's and the counters' memory."""

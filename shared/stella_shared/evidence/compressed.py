@@ -32,6 +32,8 @@ else:
 ENCODING: Final = "zstd"
 #: What a frame may unpack to.
 MAX_FRAME_BYTES: Final = 8 << 20
+#: Lines that a message may hold: far more than one drain of the ring, and no more leaf hashes than 2 MiB.
+MAX_LINES: Final = 1 << 16
 #: The fast end of the scale: for these lines it packs as well as level 3, at half its cost.
 _LEVEL: Final = -3
 _MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -60,7 +62,8 @@ def unpack(data: bytes) -> bytes:
 
 def _frame_bytes(data: bytes | memoryview, *, whole: bool) -> int:
     """Return the length of the frame that `data` begins with, 0 when it goes on behind it and `whole` is false."""
-    if data[:4] != _MAGIC:
+    # A read may end within the four bytes.
+    if data[:4] != (_MAGIC if whole else _MAGIC[: len(data)]):
         raise ValueError("what is there is no zstd frame")
     try:
         # 18 bytes are the longest header (RFC 8878, section 3.1.1.1).
@@ -104,6 +107,8 @@ class Packed(msgspec.Struct, frozen=True):
     def _of(cls, frame: bytes, lines: bytes) -> Packed:
         if lines and not lines.endswith(b"\n"):
             raise ValueError("its last line has no end")
+        if (count := lines.count(b"\n")) > MAX_LINES:
+            raise ValueError(f"a frame of {count} lines: none of ours has over {MAX_LINES}")
         return cls(frame, len(lines), merkle.leaf_hashes(lines))
 
     @classmethod

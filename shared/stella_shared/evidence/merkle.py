@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, byref, c_char_p, c_uint8, c_uint64, c_void_p, create_string_buffer
+from ctypes import POINTER, byref, c_uint8, c_uint64, c_void_p, create_string_buffer
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +21,6 @@ from typing import Final
 NATIVE: Final = Path(__file__).parent / "native" / "merkle.so"
 HASH_BYTES: Final = 32
 EMPTY_ROOT = sha256(b"").digest()
-#: Leaves that are made in one call.
-_LEAVES_ROOM: Final = 8192
 
 
 def leaves(lines: Iterable[bytes]) -> list[bytes]:
@@ -135,13 +133,7 @@ def leaf_hashes(lines: bytes) -> bytes:
     lib = library()
     if lib is None:
         return b"".join(leaves(lines.split(b"\n")[:-1]))
-    made, at = [], 0
-    room, consumed = create_string_buffer(_LEAVES_ROOM * HASH_BYTES), c_uint64()
-    begin = ctypes.cast(c_char_p(lines), c_void_p).value or 0
-    while at < len(lines):
-        count = lib.stella_merkle_leaves(begin + at, len(lines) - at, _LEAVES_ROOM, room, byref(consumed))
-        if not count:
-            break
-        made.append(room.raw[: count * HASH_BYTES])
-        at += consumed.value
-    return b"".join(made)
+    count = lines.count(b"\n")
+    room = create_string_buffer(count * HASH_BYTES)
+    lib.stella_merkle_leaves(lines, len(lines), count, room, byref(c_uint64()))
+    return room.raw
